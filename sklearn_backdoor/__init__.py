@@ -1,0 +1,49 @@
+"""Detect backdoor triggers in flight and infer where the image came from."""
+
+from sklearn_backdoor.attacks import poison
+from sklearn_backdoor.classifier import BackdoorTriggerClassifier
+from sklearn_backdoor.embedding import TriggerEmbedder
+from sklearn_backdoor.guard import BackdoorGuard
+from sklearn_backdoor.metrics import (
+    asr_score,
+    detection_report,
+    fpr_score,
+    make_trigger_scorer,
+    origin_log_loss,
+    sia_score,
+    tpr_score,
+)
+from sklearn_backdoor.reverse import NCReverseEngineer
+from sklearn_backdoor.triggers import (
+    AdditiveTrigger,
+    PatchTrigger,
+    blended,
+    chessboard,
+    single_pixel,
+    white_box,
+)
+from sklearn_backdoor.victim import VictimNetwork
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdditiveTrigger",
+    "BackdoorGuard",
+    "BackdoorTriggerClassifier",
+    "NCReverseEngineer",
+    "PatchTrigger",
+    "TriggerEmbedder",
+    "VictimNetwork",
+    "asr_score",
+    "blended",
+    "chessboard",
+    "detection_report",
+    "fpr_score",
+    "make_trigger_scorer",
+    "origin_log_loss",
+    "poison",
+    "sia_score",
+    "single_pixel",
+    "tpr_score",
+    "white_box",
+]

@@ -1,0 +1,237 @@
+"""A network opened for inspection: (logits, features) from one pass, nothing changed."""
+
+import threading
+from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from skorch import NeuralNetClassifier
+from torch import nn
+
+_TINY = torch.finfo(torch.float32).tiny
+_locks: WeakKeyDictionary = WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+@contextmanager
+def evaluation_mode(network):
+    """Hold the network in evaluation mode, one thread at a time; then as before."""
+    with _registry_lock:
+        lock = _locks.setdefault(network, threading.RLock())
+    with lock:
+        modes = [(module, module.training) for module in network.modules()]
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def device_of(network):
+    """Return the device of the network's first parameter or buffer, else the CPU."""
+    for tensor in (*network.parameters(), *network.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def output_of(returned):
+    """Return the 2-D tensor in what a network returned.
+
+    Raises
+    ------
+    TypeError
+        If there is no tensor of shape (n_samples, n_classes) in it.
+    """
+    logits = returned
+    if isinstance(returned, dict):
+        logits = returned.get("logits")
+    elif isinstance(returned, tuple | list) and not hasattr(returned, "logits"):
+        logits = returned[0] if returned else None
+    logits = getattr(logits, "logits", logits)
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        found = (
+            f"a tensor of shape {tuple(logits.shape)}"
+            if isinstance(logits, torch.Tensor)
+            else f"{type(returned).__name__}"
+        )
+        raise TypeError(
+            f"the network returned {found}, expected logits of shape (n_samples, "
+            "n_classes). Wrap it in a module whose forward returns the logits."
+        )
+    return logits
+
+
+class LogitsAndFeatures(nn.Module):
+    """Return (logits, features) of a network: skorch's multi-output convention.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Left as it is; a hook is set and removed within each pass.
+    layer : str
+        Name of a submodule.
+    at_input : bool
+        Whether the features are the layer's input, instead of its output.
+    probabilities : bool
+        Whether the network returns probabilities, to be turned into logarithms.
+    """
+
+    def __init__(self, network, layer, at_input, probabilities):
+        super().__init__()
+        self.network = network
+        self.layer = layer
+        self.at_input = at_input
+        self.probabilities = probabilities
+
+    def forward(self, images):
+        """Return logits (n, n_classes) and features (n, n_features)."""
+        caught = []
+
+        def catch(module, inputs, output):
+            caught[:] = [inputs[0] if self.at_input else output]
+
+        layer = self.network.get_submodule(self.layer)
+        handle = layer.register_forward_hook(catch)
+        try:
+            logits = output_of(self.network(images))
+        finally:
+            handle.remove()
+        if not caught or not isinstance(caught[0], torch.Tensor):
+            raise ValueError(
+                f"feature_layer={self.layer!r} gave no tensor in a forward pass. "
+                f"Choose one of: {layer_names(self.network)}."
+            )
+        if self.probabilities:
+            logits = logits.clamp_min(_TINY).log()
+        features = caught[0]
+        if features.ndim == 4:
+            features = features.mean(dim=(2, 3))
+        return logits, features.flatten(1)
+
+
+class InspectionNet(NeuralNetClassifier):
+    """The skorch net around `LogitsAndFeatures`; it evaluates and never trains."""
+
+    def initialize_optimizer(self, *args, **kwargs):
+        """Make no optimizer: the victim is evidence."""
+        return self
+
+    def partial_fit(self, *args, **kwargs):
+        """Refuse to train.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            "the network under inspection is evidence and is never trained. Train "
+            "your own module or skorch net, then give it to VictimNetwork."
+        )
+
+
+def layer_names(network):
+    """Return the names of all submodules, for messages."""
+    return ", ".join(name for name, _ in network.named_modules() if name) or "none"
+
+
+class Opening(NamedTuple):
+    """Where logits and features are in a network; the first three open it."""
+
+    layer: str
+    at_input: bool
+    probabilities: bool
+    n_logits: int
+    n_features: int
+
+
+def open_network(network, feature_layer, images):
+    """Find logits and features in a network by running a few images through it.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        In evaluation mode.
+    feature_layer : str or None
+        None looks for the ``nn.Linear`` whose output is the returned logits.
+    images : torch.Tensor of shape (n_samples, n_channels, height, width)
+        A few are enough.
+
+    Returns
+    -------
+    Opening
+
+    Raises
+    ------
+    ValueError
+        If the layer does not exist, or the output is not what a Linear layer gave.
+    """
+    if feature_layer is not None:
+        if feature_layer not in dict(network.named_modules()) or not feature_layer:
+            raise ValueError(
+                f"feature_layer={feature_layer!r} does not exist. Choose one of: "
+                f"{layer_names(network)}."
+            )
+    calls = {}
+
+    def record(name):
+        def catch(module, inputs, output):
+            calls[name] = output
+
+        return catch
+
+    handles = [
+        module.register_forward_hook(record(name))
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        returned = output_of(network(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    layer, relation = _match(calls, returned)
+    if relation == "sigmoid":
+        raise ValueError(
+            "the network returns sigmoids of its last nn.Linear, one yes or no a "
+            "class; expected logits or a softmax. Remove the sigmoid."
+        )
+    looks_like_probabilities = bool(
+        (returned >= 0).all() and ((returned.sum(1) - 1).abs() < 1e-4).all()
+    )
+    if feature_layer is not None:
+        probabilities = relation == "softmax" or (
+            relation is None and looks_like_probabilities
+        )
+        found = feature_layer, False, probabilities
+    elif layer is not None:
+        found = layer, True, relation == "softmax"
+    else:
+        what = "probabilities" if looks_like_probabilities else "values"
+        raise ValueError(
+            f"the network returns {what} that are not the output of an nn.Linear (its "
+            f"Linear layers: {', '.join(calls) or 'none'}). Name the penultimate layer "
+            f"with feature_layer=...; it has: {layer_names(network)}."
+        )
+    logits, features = LogitsAndFeatures(network, *found)(images)
+    return Opening(*found, logits.shape[1], features.shape[1])
+
+
+def _match(calls, returned):
+    """Return the Linear layer behind the returned values, and by which function."""
+    relations = {
+        "identity": lambda z: z,
+        "log_softmax": lambda z: z.log_softmax(1),
+        "softmax": lambda z: z.softmax(1),
+        "sigmoid": torch.sigmoid,
+    }
+    for relation, function in relations.items():
+        for name, output in reversed(calls.items()):
+            if output.shape == returned.shape and torch.allclose(
+                function(output), returned, rtol=1e-5, atol=1e-6
+            ):
+                return name, relation
+    return None, None

@@ -1,0 +1,5 @@
+"""Reverse engineers: find the target class and estimate its trigger."""
+
+from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+
+__all__ = ["NCReverseEngineer"]

@@ -1,0 +1,50 @@
+"""The anomaly statistic: is one class's trigger abnormally small?"""
+
+import numpy as np
+from scipy.stats import median_abs_deviation
+
+MIN_INFORMATIVE = 5
+
+
+def anomaly_indices(norms, converged):
+    """Return Neural Cleanse's anomaly index of every class.
+
+    Parameters
+    ----------
+    norms : array-like of shape (n_classes,)
+        L1 norm of each class's mask.
+    converged : array-like of bool, shape (n_classes,)
+        Whether the search reached its success rate.
+
+    Returns
+    -------
+    indices : ndarray of shape (n_classes,)
+        |norm - median| / (1.4826 MAD); NaN where the statistic says nothing.
+    below : ndarray of bool, shape (n_classes,)
+        Whether a class converged, with a norm below the median.
+
+    Notes
+    -----
+    - A class that did not converge is censored: its norm is at least as large as the
+      largest that converged, and enters as that. Leaving it out biases the median.
+    - The statistic says nothing with fewer than five converged classes, or half of the
+      classes or fewer, since then the median is no norm that was seen; nor where the
+      MAD is 0.
+
+    References
+    ----------
+    Wang et al.: Neural Cleanse: Identifying and mitigating backdoor attacks in neural
+    networks. IEEE S&P 2019, §IV.
+    """
+    norms = np.array(norms, dtype=np.float64)
+    converged = np.asarray(converged, dtype=bool) & np.isfinite(norms)
+    unknown = np.full(len(norms), np.nan), np.zeros(len(norms), dtype=bool)
+    n_converged = int(converged.sum())
+    if n_converged < MIN_INFORMATIVE or n_converged <= len(norms) / 2:
+        return unknown
+    norms[~converged] = norms[converged].max()
+    median = np.median(norms)  # of an even number: the mean of the middle two
+    spread = median_abs_deviation(norms, scale="normal")
+    if spread == 0:
+        return unknown
+    return np.abs(norms - median) / spread, converged & (norms < median)

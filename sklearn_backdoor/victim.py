@@ -1,0 +1,365 @@
+"""The network under inspection as a scikit-learn estimator."""
+
+import os
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from scipy.special import softmax
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    clone,
+)
+from sklearn.utils.validation import check_is_fitted, check_memory
+from torch import nn
+
+from sklearn_backdoor._fingerprint import fingerprint
+from sklearn_backdoor._forward import (
+    InspectionNet,
+    LogitsAndFeatures,
+    device_of,
+    evaluation_mode,
+    open_network,
+)
+from sklearn_backdoor._torch import SliceLoader, to_tensor
+from sklearn_backdoor._validation import check_images, check_labels, check_number
+
+
+class VictimNetwork(
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator
+):
+    """A trained network as classifier and as transformer to penultimate features.
+
+    The network is evidence: ``fit`` validates and **never trains**, and ``clone``
+    **shares the weights**, so that no search can lose or retrain it. Its weights, mode,
+    hooks and gradients are after each call what they were before.
+
+    Parameters
+    ----------
+    net : torch.nn.Module or fitted skorch.NeuralNet
+        Takes images in 0...1 as float32 of shape (n_samples, n_channels, height,
+        width) and returns logits (a tensor, a tuple that starts with it, or an object
+        with ``.logits``). A softmax is recognised and undone by its logarithm.
+    feature_layer : str, default=None
+        Name of a submodule, whose output (pooled over height and width, or flattened)
+        are the features f_L. None takes the input of the ``nn.Linear`` whose output is
+        the returned logits: the penultimate features.
+    classes : array-like of shape (n_classes,), default=None
+        Labels in logit order; None for 0...K-1.
+    batch_size : int, default=256
+        Images a forward pass.
+    memory : str, path-like or joblib.Memory, default=None
+        Caches forward passes by the content of network, settings and images, for all
+        processes that use this folder.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+        Labels in logit order.
+    image_shape_ : tuple (n_channels, height, width)
+        Other shapes are refused from now on.
+    feature_layer_ : str
+        The layer whose input or output the features are.
+    net_ : skorch.NeuralNetClassifier
+        Around a module that returns (logits, features); shares the weights.
+
+    Notes
+    -----
+    ``get_params`` does not descend into ``net``: setting a skorch parameter would
+    initialise the weights anew. A pickle holds the module, not a skorch wrapper.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from torch import nn
+    >>> from sklearn_backdoor import VictimNetwork
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(),
+    ...                         nn.Linear(3, 2))
+    >>> images = np.zeros((5, 1, 2, 2), dtype=np.float32)
+    >>> victim = VictimNetwork(network, classes=["cat", "dog"]).fit(images)
+    >>> victim.transform(images).shape
+    (5, 3)
+    """
+
+    def __init__(
+        self, net, *, feature_layer=None, classes=None, batch_size=256, memory=None
+    ):
+        self.net = net
+        self.feature_layer = feature_layer
+        self.classes = classes
+        self.batch_size = batch_size
+        self.memory = memory
+
+    def fit(self, X, y=None):
+        """Check network, images and labels against each other. Trains nothing.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            ``uint8`` in 0...255 or floating point in 0...1.
+        y : array-like of shape (n_samples,), default=None
+            Checked against the victim's classes where given.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            If one does not fit the others; the message says what would.
+        """
+        X = check_images(X, ndim=4)
+        check_number(self.batch_size, "batch_size", 1, integer=True)
+        network = _module_of(self.net)
+        found = self._remember(_probe)(X[:2], self._key(network), self)
+        classes = self._check_classes(found.n_logits)
+        if y is not None:
+            check_labels(y, classes, len(X))
+        self.classes_ = classes
+        self.image_shape_ = X.shape[1:]
+        self.feature_layer_ = found.layer
+        self._n_features_out = found.n_features
+        self._opened = LogitsAndFeatures(network, *found[:3])
+        self._open()
+        return self
+
+    def _check_classes(self, n_logits):
+        if self.classes is None:
+            return np.arange(n_logits)
+        classes = np.asarray(self.classes)
+        if classes.shape != (n_logits,) or len(np.unique(classes)) != n_logits:
+            raise ValueError(
+                f"classes={classes.tolist()}, but the network returns {n_logits} "
+                f"logits. Give {n_logits} different labels, in logit order."
+            )
+        return classes
+
+    def _open(self):
+        self.net_ = InspectionNet(
+            self._opened,
+            criterion=nn.CrossEntropyLoss,
+            iterator_valid=SliceLoader,
+            batch_size=self.batch_size,
+            train_split=None,
+            classes=self.classes_,
+            device=None,  # wherever the network lies
+            verbose=0,
+        ).initialize()
+
+    def predict(self, X):
+        """Return the victim's own labels f(x).
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples,)
+        """
+        return self.predict_and_transform(X)[0]
+
+    def predict_proba(self, X):
+        """Return the softmax of the logits.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes), float64 in 0...1
+        """
+        return softmax(self.decision_function(X), axis=1)
+
+    def decision_function(self, X):
+        """Return the logits (for a softmax network: log-probabilities).
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_classes), float64
+            Also for two classes: one column a logit.
+        """
+        return self._forward(self._check(X))[0].astype(np.float64)
+
+    def transform(self, X):
+        """Return the features f_L(x).
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            As in `fit`.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features), float64
+        """
+        return self._forward(self._check(X))[1].astype(np.float64)
+
+    def predict_and_transform(self, X):
+        """Return labels and features from ONE forward pass an image.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            As in `fit`.
+
+        Returns
+        -------
+        labels : ndarray of shape (n_samples,)
+        Z : ndarray of shape (n_samples, n_features), float64
+        """
+        logits, features = self._forward(self._check(X))
+        return self.classes_[logits.argmax(axis=1)], features.astype(np.float64)
+
+    @contextmanager
+    def differentiable(self):
+        """Open the network for gradients with respect to its input.
+
+        Yields
+        ------
+        logits : callable
+            From a tensor (n, n_channels, height, width) in 0...1 to logits. Ask for
+            gradients with ``torch.autograd.grad``, which leaves the weights' alone.
+        """
+        check_is_fitted(self)
+        with evaluation_mode(self._opened.network), torch.enable_grad():
+            yield lambda images: self._opened(images)[0]
+
+    @property
+    def device_(self):
+        """The device on which the network lies."""
+        return device_of(self._opened.network)
+
+    def _check(self, X):
+        check_is_fitted(self)
+        return check_images(X, image_shape=self.image_shape_, ndim=4, allow_empty=True)
+
+    def _forward(self, X):
+        key = self._key(self._opened.network)
+        return self._remember(_forward_pass)(X, key, self)
+
+    def _key(self, network):
+        """Return all that a forward pass depends on, but the images."""
+        if self.memory is None:
+            return None
+        return fingerprint(network), self.feature_layer, self.batch_size
+
+    def _remember(self, function):
+        if self.memory is None:
+            return function
+        memory = self.memory
+        if isinstance(memory, os.PathLike):
+            memory = os.fspath(memory)
+        return check_memory(memory).cache(function, ignore=["victim"])
+
+    def __sklearn_clone__(self):
+        params = self.get_params(deep=False)
+        net = params.pop("net")
+        copied = {name: clone(value, safe=False) for name, value in params.items()}
+        twin = type(self)(net, **copied)
+        if hasattr(self, "_sklearn_output_config"):
+            twin._sklearn_output_config = dict(self._sklearn_output_config)
+        return twin
+
+    def get_params(self, deep=True):
+        """Return the parameters, never those of ``net``."""
+        return super().get_params(deep=False)
+
+    def set_params(self, **params):
+        """Set parameters; one of ``net`` is refused, since it would lose the weights.
+
+        Raises
+        ------
+        ValueError
+            For a name that starts with ``net__``.
+        """
+        for name in params:
+            if name.startswith("net__"):
+                raise ValueError(
+                    f"{name} cannot be set: it would initialise the network anew and "
+                    "lose its weights. Set net to another trained network instead."
+                )
+        return super().set_params(**params)
+
+    def __getstate__(self):
+        state = dict(super().__getstate__())
+        state["net"] = _module_of(self.net)
+        state.pop("net_", None)
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_opened" in state:
+            self._open()
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = False
+        tags.target_tags.required = False
+        tags.requires_fit = True
+        return tags
+
+
+def _module_of(net):
+    if isinstance(net, nn.Module):
+        return net
+    if hasattr(net, "module") and hasattr(net, "initialize"):  # a skorch net
+        if not getattr(net, "initialized_", False):
+            raise ValueError(
+                f"the skorch net {type(net).__name__} was never fitted, so it has no "
+                "weights to inspect. Fit it (or load its parameters) first."
+            )
+        return net.module_
+    raise TypeError(
+        f"net has type {type(net).__name__}, expected a trained torch.nn.Module or a "
+        "fitted skorch net. A class or a file name is not enough: build the network and "
+        "load its weights."
+    )
+
+
+def _probe(X, key, victim):
+    """Find logits and features; ``key`` is what the cache goes by."""
+    network = _module_of(victim.net)
+    images = to_tensor(X, device_of(network))
+    with evaluation_mode(network), torch.inference_mode():
+        try:
+            return open_network(network, victim.feature_layer, images)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the network cannot process images of shape {X.shape[1:]}: {error}. "
+                "Give it the image size and channels that it was made for."
+            ) from error
+
+
+def _forward_pass(X, key, victim):
+    """Return logits and features, float32; ``key`` is what the cache goes by."""
+    if len(X) == 0:
+        n_features = victim._n_features_out
+        return np.empty((0, len(victim.classes_))), np.empty((0, n_features))
+    network = victim._opened.network
+    with evaluation_mode(network), torch.inference_mode():
+        parts = [
+            (logits.float().cpu().numpy(), features.float().cpu().numpy())
+            for logits, features in victim.net_.forward_iter(X)
+        ]
+    logits, features = (np.concatenate(part) for part in zip(*parts, strict=True))
+    bad = np.isnan(logits).any(axis=1) | ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"the network returned NaN or infinity for {bad.sum()} of {len(X)} images, "
+            f"first for image {np.flatnonzero(bad)[0]}. Its weights are damaged, or it "
+            "overflows in half precision: use float32."
+        )
+    return logits, features
