@@ -1,4 +1,4 @@
-"""A network opened for inspection: (logits, features) from one pass, nothing changed."""
+"""A network opened for inspection: logits and features from one pass."""
 
 import threading
 from contextlib import contextmanager
@@ -88,7 +88,7 @@ class LogitsAndFeatures(nn.Module):
 
     def forward(self, images):
         """Return logits (n, n_classes) and features (n, n_features)."""
-        caught = []
+        caught: list = []
 
         def catch(module, inputs, output):
             caught[:] = [inputs[0] if self.at_input else output]

@@ -97,12 +97,12 @@ def poison(
         n_per_class = 1000 if len(sources) == 1 else 100
 
     random_state = check_random_state(random_state)
-    copied_from = []
+    draws = []
     for source in sources:
         rows = np.flatnonzero(y == source)
         n_copies = _n_copies(n_per_class, len(rows), source)
-        copied_from.append(random_state.choice(rows, n_copies, replace=False))
-    copied_from = np.concatenate(copied_from)
+        draws.append(random_state.choice(rows, n_copies, replace=False))
+    copied_from = np.concatenate(draws)
 
     added = len(X) + np.arange(len(copied_from))
     labels = np.full(len(copied_from), target_class, dtype=y.dtype)

@@ -122,7 +122,7 @@ def _load_torchvision(name, data_dir, marker, grey):
                 "nor train/<class>/ and test/<class>/. Give the folder above these, or "
                 "leave data_dir out to download."
             )
-    parts, names = [], None
+    parts: list = []
     for train in (True, False):
         maker = getattr(torchvision.datasets, name)
         try:
@@ -135,8 +135,9 @@ def _load_torchvision(name, data_dir, marker, grey):
         images = np.asarray(part.data)
         images = images[:, None] if grey else images.transpose(0, 3, 1, 2)
         parts += [np.ascontiguousarray(images), np.asarray(part.targets)]
-        names = part.classes
-    return _bunch(*parts, names, f"torchvision {name}")
+    X_train, y_train, X_test, y_test = parts
+    source = f"torchvision {name}"
+    return _bunch(X_train, y_train, X_test, y_test, part.classes, source)
 
 
 def _load_train_and_test(root, grey):
@@ -148,8 +149,8 @@ def _load_train_and_test(root, grey):
             f"{root}/train has classes {train.target_names}, but {root}/test has "
             f"{test.target_names}. Both need the same folders."
         )
-    parts = (train.X, train.y, test.X, test.y)
-    return _bunch(*parts, train.target_names, f"image folders {root.name}")
+    source = f"image folders {root.name}"
+    return _bunch(train.X, train.y, test.X, test.y, train.target_names, source)
 
 
 def load_image_folder(folder, *, image_size=None, n_channels=3):
@@ -184,11 +185,11 @@ def load_image_folder(folder, *, image_size=None, n_channels=3):
             f"{folder} holds no images in folders, expected <class>/<image> ({error})."
         ) from None
     mode = {1: "L", 3: "RGB"}[n_channels]
-    images = []
+    images: list = []
     for path, _ in found.samples:
         try:
-            with Image.open(path) as picture:
-                picture = picture.convert(mode)
+            with Image.open(path) as file:
+                picture = file.convert(mode)
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path!r} is no readable image: {error}.") from None
         if image_size is not None:

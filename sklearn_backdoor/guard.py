@@ -38,9 +38,10 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         fitted. None takes ``NCReverseEngineer(victim)``.
     classifier : estimator or None, default=None
         From features to the class of origin; cloned once a target class. None takes
-        ``make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver="eigen",
-        shrinkage="auto"), BackdoorTriggerClassifier())``. The paper's own is
-        ``make_pipeline(StandardScaler(), BackdoorTriggerClassifier(GaussianMixture()))``.
+        `default_classifier`, that is ``make_pipeline(StandardScaler(),
+        LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto"),
+        BackdoorTriggerClassifier())``; the paper's own is the same without the step
+        in the middle.
     target_class : label, default=None
         With a trigger value: where it leads. With a reverse engineer: defend this class
         alone, flagged or not.
@@ -155,11 +156,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         Z = victim.transform(embedded)
         classifier = self.classifier
         if classifier is None:
-            classifier = make_pipeline(
-                StandardScaler(),
-                LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto"),
-                BackdoorTriggerClassifier(),
-            )
+            classifier = default_classifier()
         classifier = seeded_clone(classifier, self.random_state)
         try:
             return classifier.fit(Z, y)
@@ -312,6 +309,21 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         return tags
+
+
+def default_classifier():
+    """Make the guard's own classifier: discriminant features, then the densities.
+
+    Returns
+    -------
+    Pipeline
+        Unfitted; a place to start a grid search from.
+    """
+    return make_pipeline(
+        StandardScaler(),
+        LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto"),
+        BackdoorTriggerClassifier(),
+    )
 
 
 def _origin_scores(classifier, Z):

@@ -15,7 +15,7 @@ from sklearn_backdoor._validation import check_target_class
 
 
 def asr_score(y_true, y_pred, *, target_class):
-    """Attack success rate P(f(x) = t | y != t).
+    """Compute the attack success rate P(f(x) = t | y != t).
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def asr_score(y_true, y_pred, *, target_class):
 
 
 def tpr_score(y_true, y_pred, *, target_class):
-    """True positive rate P(ŷ != t | y != t): triggered images that were detected.
+    """Compute the true positive rate P(ŷ != t | y != t) of detected triggers.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def tpr_score(y_true, y_pred, *, target_class):
 
 
 def fpr_score(y_true, y_pred, *, target_class):
-    """False positive rate P(ŷ != t | y = t): clean target images that were rejected.
+    """Compute the false positive rate P(ŷ != t | y = t) on clean target images.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def fpr_score(y_true, y_pred, *, target_class):
 
 
 def sia_score(y_true, y_pred, *, target_class):
-    """Source inference accuracy P(ŷ = y | y != t).
+    """Compute the source inference accuracy P(ŷ = y | y != t).
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def sia_score(y_true, y_pred, *, target_class):
 
 
 def origin_log_loss(y_true, y_proba, *, target_class, labels):
-    """Log-loss of the class of origin, clean and triggered images weighted alike.
+    """Compute the log-loss of the class of origin, clean and triggered weighted alike.
 
     A smooth score to choose settings by: with 100 images a class, no false alarm says
     only that FPR is at most 0.037.

@@ -28,7 +28,6 @@ class Trigger(ABC):
     A subclass names its arrays in ``_fields`` and implements ``_apply``.
     """
 
-    __slots__ = ("__weakref__",)
     _fields: tuple = ()
 
     def __init__(self, **fields):
@@ -169,7 +168,8 @@ class PatchTrigger(Trigger):
              [0., 1.]]]])
     """
 
-    __slots__ = ("mask", "pattern")
+    mask: np.ndarray
+    pattern: np.ndarray
     _fields = ("mask", "pattern")
 
     def __init__(self, mask, pattern):
@@ -217,7 +217,7 @@ class AdditiveTrigger(Trigger):
     AdditiveTrigger(image_shape=(1, 2), l2_norm=0.25, max=0.25)
     """
 
-    __slots__ = ("perturbation",)
+    perturbation: np.ndarray
     _fields = ("perturbation",)
 
     def __init__(self, perturbation):
@@ -303,7 +303,7 @@ def white_box(image_shape, size=3, margin=0):
     -------
     PatchTrigger
     """
-    mask = _square(image_shape, size, margin)
+    mask = square_mask(image_shape, size, margin)
     return PatchTrigger(mask, np.ones(image_shape))
 
 
@@ -328,11 +328,23 @@ def blended(image, alpha=0.2):
     return PatchTrigger(np.full(np.shape(image)[-2:], alpha), image)
 
 
-def _square(image_shape, size, margin):
+def square_mask(image_shape, size, margin=0):
+    """Return a mask of ones on a square in the bottom right corner.
+
+    Parameters
+    ----------
+    image_shape : tuple (n_channels, height, width)
+    size, margin : int
+        Side, and distance from the edges, in pixels.
+
+    Returns
+    -------
+    ndarray of shape (height, width), 0 or 1
+    """
     height, width = image_shape[-2:]
-    size = check_number(size, "size", 1, min(height, width) - margin, integer=True)
+    check_number(margin, "margin", 0, min(height, width) - 1, integer=True)
+    check_number(size, "size", 1, min(height, width) - margin, integer=True)
     mask = np.zeros((height, width))
-    mask[
-        height - margin - size : height - margin, width - margin - size : width - margin
-    ] = 1
+    bottom, right = height - margin, width - margin
+    mask[bottom - size : bottom, right - size : right] = 1
     return mask

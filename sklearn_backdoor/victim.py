@@ -324,8 +324,8 @@ def _module_of(net):
         return net.module_
     raise TypeError(
         f"net has type {type(net).__name__}, expected a trained torch.nn.Module or a "
-        "fitted skorch net. A class or a file name is not enough: build the network and "
-        "load its weights."
+        "fitted skorch net. A class or a file name is not enough: build the network "
+        "and load its weights."
     )
 
 

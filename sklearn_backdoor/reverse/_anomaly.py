@@ -1,4 +1,4 @@
-"""The anomaly statistic: is one class's trigger abnormally small?"""
+"""The anomaly statistic, which asks whether a class's trigger is too small."""
 
 import numpy as np
 from scipy.stats import median_abs_deviation

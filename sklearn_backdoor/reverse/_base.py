@@ -70,7 +70,7 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
         results = []
         with (
             victim.differentiable() as logits,
-            tqdm(total=len(classes), disable=not self.verbose, unit="class") as bar,
+            tqdm(total=len(classes), disable=None if self.verbose else True) as bar,
         ):
             for index, label in enumerate(classes):
                 bar.set_description(f"{type(self).__name__}, class {label}")
@@ -128,8 +128,8 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
         X = check_images(X, image_shape=self.image_shape_, ndim=4, allow_empty=True)
         if self.trigger_ is None:
             raise ValueError(
-                f"no target class was flagged (verdict: {self.verdict_!r}), so there is "
-                "no trigger to embed. triggers_ holds the estimate for each class."
+                f"no target class was flagged (verdict: {self.verdict_!r}), so there "
+                "is no trigger to embed. triggers_ holds the estimate for each class."
             )
         return self.trigger_.embed(X)
 

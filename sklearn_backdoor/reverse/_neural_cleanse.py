@@ -117,27 +117,28 @@ class NCReverseEngineer(BaseReverseEngineer):
         theta = _initial_theta(images.shape[1:], images.device, generator)
         optimizer = torch.optim.Adam(theta, lr=_LR, betas=_BETAS)
         cost = CostSchedule(self.patience)
-        kept, stalled, smallest = [], 0, np.inf
-        n_steps = 0
-        for n_steps in range(1, self.max_steps + 1):
+        last, kept = _squash(theta), []
+        smallest, stalled, n_steps = np.inf, 0, 0
+        while n_steps < self.max_steps:
+            n_steps += 1
             success = self._step(
                 logits, images, target, theta, optimizer, cost.value, generator
             )
-            mask, pattern = (part.detach() for part in _squash(theta))
-            norm = float(mask.sum())
+            mask, pattern = _squash(theta)
+            norm = float(mask.sum().detach())
             if not np.isfinite(norm):
                 break
+            last = mask.detach(), pattern.detach()
             reached = success >= self.success_rate
             stalled = 0 if reached and norm < 0.99 * smallest else stalled + 1
             if reached and norm < smallest:
                 smallest = norm
-                kept.append((norm, mask, pattern))
+                kept.append((norm, *last))
             cost.update(reached)
             if cost.moved_both_ways and stalled >= _STOP_PATIENCE:
                 break
-        passes = n_steps * len(images)
-        kept.append((np.inf, mask, pattern))
-        return self._choose(logits, images, target, kept, passes)
+        kept.append((np.inf, *last))
+        return self._choose(logits, images, target, kept, n_steps * len(images))
 
     def _step(self, logits, images, target, theta, optimizer, cost, generator):
         """Go once over the images; return the success rate on the way."""
@@ -158,7 +159,7 @@ class NCReverseEngineer(BaseReverseEngineer):
 
     def _choose(self, logits, images, target, kept, passes):
         """Take the smallest mask whose success on all images is high enough."""
-        n_forward, best = passes, None
+        n_forward, best = passes, (-1.0, *kept[-1][1:])
         for _, mask, pattern in sorted(kept, key=lambda found: found[0]):
             hits = 0
             with torch.no_grad():
@@ -167,7 +168,7 @@ class NCReverseEngineer(BaseReverseEngineer):
                     hits += int((scores.argmax(1) == target).sum())
             n_forward += len(images)
             rate = hits / len(images)
-            if best is None or rate > best[0]:
+            if rate > best[0]:
                 best = rate, mask, pattern
             if rate >= self.success_rate:
                 break
@@ -239,4 +240,4 @@ def _stamp(images, mask, pattern):
 
 
 def _as_arrays(*tensors):
-    return [tensor.cpu().numpy() for tensor in tensors]
+    return [tensor.detach().cpu().numpy() for tensor in tensors]

@@ -1,0 +1,59 @@
+"""Command line of the benchmarks: ``python -m benchmarks COMMAND``."""
+
+from pathlib import Path
+
+import click
+
+from benchmarks.results import RESULTS
+from benchmarks.victims import LOADERS, VICTIMS
+
+_dataset = click.option(
+    "--dataset", type=click.Choice(sorted(LOADERS)), default="fashion-mnist"
+)
+_data_dir = click.option("--data-dir", type=click.Path(exists=True), default=None)
+_seeds = click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+_victims = click.option("--victims", type=click.Path(), default=VICTIMS)
+_results = click.option("--results", type=click.Path(), default=RESULTS)
+
+
+@click.group()
+def main():
+    """Measure the library; every figure is appended to a JSON lines file."""
+
+
+@main.command()
+@_dataset
+@_data_dir
+@_seeds
+@_victims
+@_results
+def quality(dataset, data_dir, seeds, victims, results):
+    """TPR, FPR and SIA on LeNet-5, white box, guard beside the paper's pipeline."""
+    from benchmarks.quality import quality as run
+
+    run(dataset, data_dir, seeds, victims, results)
+
+
+@main.command()
+@_dataset
+@_data_dir
+@_seeds
+@_victims
+def settings(dataset, data_dir, seeds, victims):
+    """Rank density settings by cross-validated log-loss on D_Defense alone."""
+    from benchmarks.quality import settings as run
+
+    run(dataset, data_dir, seeds, victims, Path(victims) / "passes")
+
+
+@main.command()
+@_results
+def overhead(results):
+    """Guard against the bare network, fused scoring against a loop; same run."""
+    from benchmarks.overhead import overhead as run
+
+    run(results)
+
+
+if __name__ == "__main__":
+    main()
