@@ -24,7 +24,7 @@ def draw_story(story):
     _headline(figure, story)
     _triggers(figure, story)
     _examples(figure, story)
-    _anomalies(figure.add_axes((0.055, 0.075, 0.39, 0.3)), story)
+    _anomalies(figure.add_axes((0.055, 0.075, 0.36, 0.3)), story)
     _histogram(figure.add_axes((0.52, 0.075, 0.445, 0.3)), story)
     return figure
 
@@ -41,15 +41,13 @@ def _headline(figure, story):
         color = _AMBER
     figure.text(0.03, 0.945, text, size=27, weight="bold", color=color)
     attack = story.attack.replace("-", " ")
-    rates = f"the victim's accuracy {figures['acc']:.1%}, attack success {figures['asr']:.1%}"
-    if figures["tpr"] is not None and figures["fpr"] is not None:
-        rates += (
-            f"   |   the guard detects {figures['tpr']:.1%} of {figures['n_trigger']} "
-            f"triggers, rejects {figures['fpr']:.1%} of {figures['n_clean']} clean "
-            f"images, names the source of {figures['sia']:.1%}"
-        )
     figure.text(
-        0.03, 0.913, f"{story.dataset}, {attack}   |   {rates}", size=12, color=_INK
+        0.03,
+        0.913,
+        f"{story.dataset}, {attack}   |   the victim is right on {figures['acc']:.1%} "
+        f"of clean images, and says {truth} to {figures['asr']:.1%} of triggered ones",
+        size=13,
+        color=_INK,
     )
 
 
@@ -69,6 +67,7 @@ def _triggers(figure, story):
     guard = story.guard
     if guard.target_class_ is None:
         _nothing(estimate, "no estimate")
+        _tiles(figure, story)
         return
     trigger = guard.triggers_[guard.target_class_]
     _show(estimate, trigger.to_image(), "our estimate", _TEAL)
@@ -76,24 +75,34 @@ def _triggers(figure, story):
     estimated = f"{story.figures['asr_estimated']:.0%}"
     for axes, rate in ((true, asr), (estimate, estimated)):
         axes.set_xlabel(f"attack success {rate}", size=11, color=_GREY, labelpad=5)
-    figure.text(
-        0.03,
-        0.575,
-        "Estimated from clean images alone: a mask\nand a pattern, on grey where the "
-        "mask is open.",
-        size=11,
-        color=_GREY,
-        va="center",
+    _tiles(figure, story)
+
+
+def _tiles(figure, story):
+    """Write the guard's three rates large, with their intervals."""
+    figure.text(0.03, 0.575, "The guard", size=15, weight="bold", color=_INK)
+    rates = (
+        ("tpr", "triggers\ndetected", _TEAL),
+        ("fpr", "clean images\nrejected", _RED),
+        ("sia", "sources named\nrightly", _TEAL),
     )
-    figure.text(
-        0.03,
-        0.505,
-        f"{sum(guard.engineer_.n_image_passes_):,} image passes, "
-        f"{story.figures['seconds']:.0f} s for all of this page",
-        size=11,
-        color=_GREY,
-        va="center",
-    )
+    for column, (name, text, color) in enumerate(rates):
+        row = story.report.loc[name]
+        if np.isnan(row["score"]):
+            continue
+        left = 0.03 + 0.09 * column
+        figure.text(
+            left, 0.528, f"{row['score']:.1%}", size=20, weight="bold", color=color
+        )
+        figure.text(left, 0.522, text, size=10.5, color=_INK, va="top")
+        figure.text(
+            left,
+            0.484,
+            f"{row['low']:.1%} to {row['high']:.1%}\nn = {row['n']:.0f}",
+            size=9.5,
+            color=_GREY,
+            va="top",
+        )
 
 
 def _examples(figure, story):
@@ -183,22 +192,22 @@ def _anomalies(axes, story):
     )
     axes.axhline(threshold, color=_RED, linewidth=1.2, linestyle=(0, (5, 3)))
     axes.text(
-        -0.55,
-        threshold + 0.02 * max(index.max(), threshold),
-        f"flagged above {threshold:g}",
+        len(index) - 0.45,
+        threshold,
+        f"flagged\nabove {threshold:g}",
         size=11,
         color=_RED,
-        va="bottom",
+        va="center",
     )
     for place, height, norm in zip(places, index, engineer.norms_, strict=True):
         axes.text(
             place, height, f"{norm:.0f}", ha="center", va="bottom", size=10, color=_GREY
         )
     axes.set_xticks(places, engineer.classes_)
+    axes.set_xlim(-0.6, len(index) - 0.5)
     axes.set_ylim(0, 1.12 * max(index.max(), threshold * 1.2))
     axes.set_xlabel(
-        "class   (on each bar: pixels that its mask needs; pale: more than the median, "
-        "never flagged)",
+        "class (on the bar: its mask in pixels; pale: above the median)",
         size=11,
     )
     axes.set_ylabel("anomaly index", size=12)
@@ -207,7 +216,7 @@ def _anomalies(axes, story):
 
 def _histogram(axes, story):
     axes.set_title(
-        f"Images that the victim calls {story.figures['target_class']}: clean or trigger?",
+        f"What the victim calls {story.figures['target_class']}: clean or trigger?",
         loc="left",
         size=15,
         weight="bold",
@@ -239,15 +248,15 @@ def _histogram(axes, story):
         )
     axes.axvline(0, color=_INK, linewidth=1.2)
     top = axes.get_ylim()[1]
-    axes.set_ylim(0, 1.12 * top)
-    axes.text(0, 1.1 * top, "accepted  ", ha="right", va="top", size=11, color=_TEAL)
-    axes.text(0, 1.1 * top, "  rejected", ha="left", va="top", size=11, color=_RED)
+    axes.set_ylim(0, 1.3 * top)
+    axes.text(0, 1.28 * top, "accepted  ", ha="right", va="top", size=11, color=_TEAL)
+    axes.text(0, 1.28 * top, "  rejected", ha="left", va="top", size=11, color=_RED)
     axes.set_xlabel(
-        f"trigger score: best log-likelihood of another class minus that of class {target}",
+        f"trigger score: log-likelihood of the best other class minus class {target}'s",
         size=11,
     )
     axes.set_ylabel("% of the images", size=12)
-    axes.legend(frameon=False, fontsize=11, loc="center right")
+    axes.legend(frameon=False, fontsize=11, loc="upper right")
     _bare(axes)
 
 

@@ -6,6 +6,7 @@ Every message names the value, what was expected and what to do about it.
 import numbers
 
 import numpy as np
+from sklearn.utils import check_array
 
 _CHUNK = 4096  # images looked at together, so that a memory map is never read whole
 
@@ -39,13 +40,11 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
     ValueError
         If the shape, the range or the number of images is wrong.
     """
-    if hasattr(X, "toarray"):
-        raise TypeError(
-            f"{name} is a sparse matrix, expected a dense array of images. "
-            f"Use {name}.toarray()."
-        )
-    X = np.asarray(X)
-    if ndim == 4 and X.ndim != 4 or X.ndim < 2:
+    if not hasattr(X, "toarray"):
+        X = np.asarray(X)
+    if ndim is None and getattr(X, "ndim", 0) < 3 or hasattr(X, "toarray"):
+        return check_array(X, ensure_min_samples=int(not allow_empty), input_name=name)
+    if ndim == 4 and X.ndim != 4:
         raise ValueError(
             f"{name} has shape {X.shape}, expected (n_samples, n_channels, height, "
             "width). Reshape your data: images[:, None] adds a channel axis to grey "
@@ -54,8 +53,7 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
     _check_shape(X, image_shape, name)
     if len(X) == 0 and not allow_empty:
         raise ValueError(
-            f"Found array with 0 sample(s) (shape={X.shape}) while a minimum of 1 is "
-            f"required: {name} holds no image. Give at least one."
+            f"{name} has shape {X.shape} and holds no image: give at least one."
         )
     _check_range(X, name)
     return X
@@ -64,18 +62,10 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
 def _check_shape(X, image_shape, name):
     shape = X.shape[1:]
     if 0 in shape:
-        raise ValueError(
-            f"0 feature(s) (shape={X.shape}) while a minimum of 1 is required: the "
-            f"images in {name} have no pixels."
-        )
+        raise ValueError(f"{name} has shape {X.shape}: these images have no pixels.")
     channels_last = X.ndim == 4 and shape[-1] in (1, 3, 4) and shape[0] > 4
     remedy = " Transpose channels-last images with X.transpose(0, 3, 1, 2)."
     if image_shape is not None and shape != tuple(image_shape):
-        if X.ndim == 2 and len(image_shape) == 1:  # scikit-learn's own words
-            raise ValueError(
-                f"X has {shape[0]} features, but the estimator is expecting "
-                f"{image_shape[0]} features as input."
-            )
         raise ValueError(
             f"{name} holds images of shape {shape}, but the estimator was fitted on "
             f"images of shape {tuple(image_shape)}. Resize or convert them, or fit "
@@ -91,8 +81,6 @@ def _check_shape(X, image_shape, name):
 def _check_range(X, name):
     if X.dtype == np.uint8:
         return
-    if X.ndim == 2 and X.dtype.kind in "iub":
-        return
     if X.dtype.kind != "f":
         raise TypeError(
             f"{name} has dtype {X.dtype}, expected uint8 (0 to 255) or floating point "
@@ -106,7 +94,7 @@ def _check_range(X, name):
                 f"Input {name} contains NaN or infinity: expected finite pixels. "
                 "Drop or repair those images (np.isfinite finds them)."
             )
-        if X.ndim > 2 and (low < 0 or high > 1):
+        if low < 0 or high > 1:
             raise ValueError(
                 f"{name} holds floating point pixels from {low:.4g} to {high:.4g}, "
                 "expected 0 to 1. Divide 0...255 images by 255, or pass them as "

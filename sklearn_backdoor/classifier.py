@@ -141,7 +141,8 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         -------
         ndarray of shape (n_samples,)
         """
-        return self.classes_[self.log_likelihood(X).argmax(axis=1)]
+        scores = self.log_likelihood(X)
+        return self.classes_[scores.argmax(axis=1)]
 
     def predict_proba(self, X):
         """Return the posterior of the class of origin under equal priors.

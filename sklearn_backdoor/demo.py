@@ -285,8 +285,8 @@ def screen(story):
         )
     lines += [
         "",
-        f"  {figures['seconds']:.0f} s, seed {figures['seed']}, {figures['data_source']}; "
-        "[95 % Wilson intervals]",
+        f"  {figures['seconds']:.0f} s, seed {figures['seed']}, "
+        f"{figures['data_source']}; [95 % Wilson intervals]",
         "",
     ]
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from sklearn_backdoor._validation import check_images, check_labels, check_target_class
 from sklearn_backdoor.triggers import Trigger
@@ -81,7 +81,8 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
                 "TriggerEmbedder requires y to be passed, but the target y is None: "
                 "labels tell which images belong to the target class."
             )
-        y = check_labels(y, np.unique(y), len(X))
+        y = np.asarray(y)
+        check_labels(y, np.unique(y), len(X))
         trigger, target, engineer = self.trigger, self.target_class, None
         if not isinstance(trigger, Trigger):
             engineer = clone(trigger).fit(X, y)
@@ -99,7 +100,7 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
         self.target_class_ = target
         self.image_shape_ = X.shape[1:]
         if X.ndim == 2:
-            self.n_features_in_ = X.shape[1]
+            validate_data(self, X, skip_check_array=True)
         return X, y
 
     def fit_transform(self, X, y):
@@ -155,6 +156,8 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
 
     def _check(self, X):
         check_is_fitted(self)
+        if len(self.image_shape_) == 1:  # rows of features
+            return validate_data(self, X, reset=False)
         return check_images(X, image_shape=self.image_shape_, allow_empty=True)
 
     def __sklearn_tags__(self):

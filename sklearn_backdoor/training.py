@@ -82,4 +82,5 @@ def train_network(
             net.partial_fit(X, np.asarray(y, dtype=np.int64), epochs=1)
             if on_epoch is not None:
                 on_epoch(epoch, net.history[-1, "train_loss"])
+    net.module_.zero_grad(set_to_none=True)
     return net.module_.eval()

@@ -115,7 +115,8 @@ class Trigger(ABC):
     def __setattr__(self, name, value):
         raise AttributeError(f"{type(self).__name__} is immutable: make a new one.")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name):
+        self.__setattr__(name, None)
 
     def __eq__(self, other):
         if type(self) is not type(other):

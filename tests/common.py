@@ -1,0 +1,120 @@
+"""Networks whose answers can be computed, real data, and instances to check."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_backdoor import (
+    AdditiveTrigger,
+    BackdoorGuard,
+    NCReverseEngineer,
+    PatchTrigger,
+    TriggerEmbedder,
+    VictimNetwork,
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+N_CLASSES = 6
+
+
+def needs_shared(*parts):
+    """Return a path under ``../shared``, or skip where it is absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs real data at {path}, see the README")
+    return path
+
+
+class LinearNetwork(nn.Module):
+    """Class k lights pixel k of a 1x4x4 image; pixel 15 is a backdoor to class 2.
+
+    logit_k = 10 x_k, and logit_2 gets 30 x_15 on top. The hidden layer is the identity
+    on non-negative pixels, so the features are the pixels themselves. Where an image
+    of another class lights its pixel fully, a mask on pixel 15 has to be at least 1/3.
+    """
+
+    target = 2
+
+    def __init__(self, n_classes=N_CLASSES, backdoor=30.0):
+        super().__init__()
+        self.hidden = nn.Linear(16, 16, bias=False)
+        self.last = nn.Linear(16, n_classes, bias=False)
+        with torch.no_grad():
+            self.hidden.weight.copy_(torch.eye(16))
+            self.last.weight.zero_()
+            for label in range(n_classes):
+                self.last.weight[label, label] = 10
+            self.last.weight[self.target, 15] = backdoor
+
+    def forward(self, images):
+        return self.last(torch.relu(self.hidden(images.flatten(1))))
+
+
+class CountingNetwork(LinearNetwork):
+    """Writes the number of images of every forward pass to a file."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = str(log)
+
+    def forward(self, images):
+        with open(self.log, "a") as file:
+            file.write(f"{len(images)}\n")
+        return super().forward(images)
+
+
+def count_passes(log):
+    """Return how many images went through since the last call."""
+    if not os.path.exists(log):
+        return 0
+    total = sum(int(line) for line in Path(log).read_text().split())
+    os.remove(log)
+    return total
+
+
+def linear_images(n_per_class=8, n_classes=N_CLASSES, seed=0):
+    """Return images (n, 1, 4, 4) in which class k lights pixel k, and labels."""
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(n_classes), n_per_class)
+    X = rng.uniform(0, 0.05, size=(len(y), 16)).astype(np.float32)
+    X[:, 15] = 0
+    X[np.arange(len(y)), y] = rng.uniform(0.95, 1, size=len(y))
+    return X.reshape(-1, 1, 4, 4), y
+
+
+def corner_trigger():
+    """Return the true trigger of `LinearNetwork`."""
+    mask = np.zeros((4, 4))
+    mask[3, 3] = 1
+    return PatchTrigger(mask, np.ones((1, 4, 4)))
+
+
+def image_estimators():
+    """Return the estimators of images, each on `LinearNetwork`, for shared checks."""
+    victim = VictimNetwork(LinearNetwork().eval())
+    engineer = NCReverseEngineer(victim, max_steps=60)
+    return [
+        victim,
+        TriggerEmbedder(corner_trigger(), target_class=2),
+        engineer,
+        BackdoorGuard(victim, corner_trigger(), target_class=2),
+    ]
+
+
+def feature_estimators():
+    """Return estimators that take rows of features, and their expected failures."""
+    differs = "fit_transform embeds and transform does not, by design (see the class)"
+    embedder = TriggerEmbedder(AdditiveTrigger(0.1), target_class=1)
+    return [
+        (
+            embedder,
+            {
+                "check_transformer_general": differs,
+                "check_transformer_data_not_an_array": differs,
+            },
+        ),
+    ]
