@@ -166,7 +166,7 @@ def check_target_class(target_class, classes):
     """
     if not np.any(np.asarray(classes) == target_class):
         raise ValueError(
-            f"target_class={target_class!r} is not among the classes "
+            f"target_class={target_class} is not among the classes "
             f"{np.asarray(classes).tolist()}. Choose one of these."
         )
     return target_class

@@ -89,7 +89,7 @@ def poison(
             check_target_class(source, classes)
         if target_class in sources.tolist():
             raise ValueError(
-                f"target_class={target_class!r} is among source_classes="
+                f"target_class={target_class} is among source_classes="
                 f"{sources.tolist()}: images of the target class need no trigger. "
                 "Leave it out."
             )
@@ -121,7 +121,7 @@ def _n_copies(n_per_class, n_available, source):
     check_number(n_per_class, "n_per_class", 1, integer=True)
     if n_per_class > n_available:
         raise ValueError(
-            f"n_per_class={n_per_class}, but source class {source!r} has only "
+            f"n_per_class={n_per_class}, but source class {source} has only "
             f"{n_available} training images. Choose fewer, or a fraction such as 0.1."
         )
     return n_per_class

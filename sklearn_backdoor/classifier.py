@@ -103,7 +103,7 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         n_components = getattr(density, "n_components", 1)
         if isinstance(n_components, int | np.integer) and len(X) < n_components:
             raise ValueError(
-                f"class {label!r} has n_samples={len(X)}, fewer than the density's "
+                f"class {label} has n_samples={len(X)}, fewer than the density's "
                 f"n_components={n_components}. Add images of this class, or give "
                 "density=GaussianMixture(n_components=1, ...)."
             )
@@ -111,7 +111,7 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
             return density.fit(X)
         except ValueError as error:
             raise ValueError(
-                f"the density of class {label!r} could not be fitted to "
+                f"the density of class {label} could not be fitted to "
                 f"n_samples={len(X)} with {X.shape[1]} features: {error}"
             ) from error
 

@@ -163,7 +163,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         except np.linalg.LinAlgError as error:
             raise ValueError(
                 f"the discriminant step cannot separate the features for target class "
-                f"{target!r} ({error}): it needs at least three different images a "
+                f"{target} ({error}): it needs at least three different images a "
                 "class. Add images, or give a classifier without "
                 "LinearDiscriminantAnalysis."
             ) from error

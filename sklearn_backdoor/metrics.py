@@ -299,7 +299,7 @@ def _counts(name, y_true, y_pred, target_class):
         kind = "clean target" if name == "fpr" else "triggered"
         raise ValueError(
             f"{name} needs {kind} images, but y_true (the class of origin) holds "
-            f"none for target_class={target_class!r}. Check y_true and target_class."
+            f"none for target_class={target_class}. Check y_true and target_class."
         )
     hits = {
         "asr": y_pred == target_class,

@@ -247,6 +247,8 @@ class VictimNetwork(
         return check_images(X, image_shape=self.image_shape_, ndim=4, allow_empty=True)
 
     def _forward(self, X):
+        if self.memory is not None:
+            X = np.ascontiguousarray(X)  # joblib's hash goes by the layout too
         key = self._key(self._opened.network)
         return self._remember(_forward_pass)(X, key, self)
 

@@ -154,7 +154,7 @@ class NCReverseEngineer(BaseReverseEngineer):
             ):
                 part.grad = gradient
             optimizer.step()
-            hits += int((scores.argmax(1) == target).sum())
+            hits += _count_hits(scores, target)
         return hits / len(images)
 
     def _choose(self, logits, images, target, kept, passes):
@@ -165,7 +165,7 @@ class NCReverseEngineer(BaseReverseEngineer):
             with torch.no_grad():
                 for batch in images.split(256):
                     scores = logits(_stamp(batch, mask, pattern))
-                    hits += int((scores.argmax(1) == target).sum())
+                    hits += _count_hits(scores, target)
             n_forward += len(images)
             rate = hits / len(images)
             if rate > best[0]:
@@ -237,6 +237,11 @@ def _squash(theta):
 
 def _stamp(images, mask, pattern):
     return (1 - mask) * images + mask * pattern
+
+
+def _count_hits(scores, target):
+    """Count images classified to the target; NaN, which argmax prefers, is no hit."""
+    return int(((scores.argmax(1) == target) & ~scores.isnan().any(1)).sum())
 
 
 def _as_arrays(*tensors):
