@@ -196,7 +196,7 @@ def measure(guard, trigger, target, X, y):
 
 
 def settings(dataset, data_dir, n_seeds, victims, memory):
-    """Rank settings by cross-validated log-loss on D_Defense alone.
+    """Rank the guard's settings by cross-validated log-loss on D_Defense alone.
 
     Parameters
     ----------
@@ -208,37 +208,36 @@ def settings(dataset, data_dir, n_seeds, victims, memory):
     victims, memory : path-like
         Folders for victims and for the victim's forward passes.
     """
+    prefix = "classifier__backdoortriggerclassifier__density__"
+    classifier = default_classifier()
+    classifier.set_params(backdoortriggerclassifier__density=GaussianMixture())
     tables = []
     for seed in range(n_seeds):
         case = prepare(dataset, data_dir, seed, victims)
         target = case["recipe"]["target_class"]
         trigger = case["engineer"].triggers_[target]
         victim = VictimNetwork(case["network"], memory=memory)
-        for name, classifier in pipelines().items():
-            classifier.set_params(backdoortriggerclassifier__density=GaussianMixture())
-            prefix = "classifier__backdoortriggerclassifier__density__"
-            search = GridSearchCV(
-                BackdoorGuard(victim, trigger, classifier, target_class=target),
-                {prefix + key: values for key, values in GRID.items()},
-                scoring=make_trigger_scorer(
-                    origin_log_loss,
-                    trigger,
-                    target,
-                    victim=victim,
-                    greater_is_better=False,
-                    response_method="predict_proba",
-                ),
-                cv=StratifiedKFold(5, shuffle=True, random_state=seed),
-                refit=False,
-            ).fit(*case["defense"])
-            table = pd.DataFrame(search.cv_results_["params"])
-            table.columns = [column.removeprefix(prefix) for column in table]
-            table["pipeline"], table["seed"] = name, seed
-            table["log_loss"] = -search.cv_results_["mean_test_score"]
-            tables.append(table)
-    table = pd.concat(tables)
-    means = table.groupby(["pipeline", *GRID])["log_loss"].mean().sort_values()
-    print(f"{dataset}: cross-validated log-loss, mean of seeds 0-{n_seeds - 1}")
-    for name in pipelines():
-        print(means[name].head(12).round(4).to_string(), "\n")
-        print(means[name].xs(1.0, level="reg_covar").round(4).to_string(), "\n")
+        search = GridSearchCV(
+            BackdoorGuard(victim, trigger, classifier, target_class=target),
+            {prefix + key: values for key, values in GRID.items()},
+            scoring=make_trigger_scorer(
+                origin_log_loss,
+                trigger,
+                target,
+                victim=victim,
+                greater_is_better=False,
+                response_method="predict_proba",
+            ),
+            cv=StratifiedKFold(5, shuffle=True, random_state=seed),
+            refit=False,
+            n_jobs=2,
+        ).fit(*case["defense"])
+        table = pd.DataFrame(search.cv_results_["params"])
+        table.columns = [column.removeprefix(prefix) for column in table]
+        table["seed"], table["rank"] = seed, search.cv_results_["rank_test_score"]
+        table["log_loss"] = -search.cv_results_["mean_test_score"]
+        tables.append(table)
+        print(f"{dataset}, seed {seed}: {search.best_params_}", flush=True)
+    means = pd.concat(tables).groupby(list(GRID))[["log_loss", "rank"]].mean()
+    print(f"{dataset}: cross-validated log-loss on D_Defense, seeds 0-{n_seeds - 1}")
+    print(means.sort_values("log_loss").round(4).to_string())

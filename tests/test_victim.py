@@ -80,7 +80,13 @@ def test_all_image_dtypes_and_layouts_give_the_same(linear, images, dtype, tmp_p
     mapped.flags.writeable = False
     strided = np.repeat(X, 2, axis=0)[::2]
     reordered = np.asfortranarray(X)
-    for same in (X, mapped, strided, reordered, X.tolist() if dtype == float else X):
+    for same in (
+        X,
+        mapped,
+        strided,
+        reordered,
+        X.tolist() if dtype is np.float64 else X,
+    ):
         np.testing.assert_allclose(
             victim.decision_function(same), reference, atol=tolerance
         )

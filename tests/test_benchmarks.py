@@ -1,0 +1,76 @@
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import quality, results, victims
+from benchmarks.__main__ import main
+from benchmarks.overhead import medians
+from sklearn_backdoor.datasets import load_digits
+
+ALWAYS = "run_id commit seed config versions machine data_source date seconds".split()
+INFLIGHT = (
+    "dataset network attack sources target_class detector pipeline n_per_class trigger "
+    "budget acc asr asr_estimated tpr fpr sia auroc tpr_at_1pct_fpr n_trigger n_clean "
+    "conditional image_passes_per_image"
+).split()
+OVERHEAD = "what network batch_size ratio".split()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_landed_results_follow_the_schema():
+    for name, fields in (("inflight", INFLIGHT), ("overhead", OVERHEAD)):
+        records = lines(results.RESULTS / f"{name}.jsonl")
+        assert records
+        for record in records:
+            assert set(ALWAYS + fields) <= set(record)
+    ids = [record["run_id"] for record in records]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Put digits of 28x28 in the place of MNIST, and few images a class."""
+    data = load_digits(image_size=28)
+    monkeypatch.setitem(victims.LOADERS, "mnist", lambda data_dir: data)
+    monkeypatch.setattr(quality, "N_PER_CLASS", 20)
+    original = victims.poison
+
+    def few(*args, **options):
+        return original(*args, **{**options, "n_per_class": 10})
+
+    monkeypatch.setattr(victims, "poison", few)
+
+
+def test_quality_trains_once_measures_and_appends(small, tmp_path):
+    options = ["quality", "--dataset", "mnist", "--seeds", "1"]
+    options += ["--victims", tmp_path / "v", "--results", tmp_path / "r"]
+    done = CliRunner().invoke(main, [str(option) for option in options])
+    assert done.exit_code == 0, done.output
+    records = lines(tmp_path / "r" / "inflight.jsonl")
+    assert len(records) == 8  # two pipelines, two triggers, conditional and not
+    for record in records:
+        assert set(ALWAYS + INFLIGHT) <= set(record)
+        assert 0 <= record["fpr"] <= 1
+    cells = {(r["pipeline"], r["trigger"], r["conditional"]) for r in records}
+    assert len(cells) == 8
+    (weights,) = (tmp_path / "v").glob("*.safetensors")
+    data = victims.LOADERS["mnist"](None)
+    before = weights.stat().st_mtime_ns
+    network, *_ = victims.white_box_lenet5(
+        "mnist", data, seed=0, victims=tmp_path / "v"
+    )
+    assert weights.stat().st_mtime_ns == before  # loaded, not trained again
+    recipe = json.loads(weights.with_suffix(".json").read_text())
+    assert recipe["seed"] == 0 and not network.training
+
+
+def test_medians_take_functions_in_turn_and_leave_out_the_first_round():
+    calls = []
+    found = medians(lambda: calls.append("a"), lambda: calls.append("b"), n_repeats=3)
+    assert "".join(calls) == "ab" * 4
+    assert len(found) == 2 and np.all(np.array(found) >= 0)

@@ -1,0 +1,88 @@
+"""The import statements keep the layout's direction."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "sklearn_backdoor"
+LEVELS = {
+    "_validation": 0,
+    "_torch": 0,
+    "_likelihood": 0,
+    "_fingerprint": 0,
+    "_forward": 1,
+    "triggers": 1,
+    "trojan": 2,
+    "attacks": 2,
+    "classifier": 1,
+    "metrics": 1,
+    "victim": 2,
+    "embedding": 2,
+    "reverse": 3,
+    "guard": 4,
+    "networks": 0,
+    "datasets": 1,
+    "training": 1,
+    "demo": 5,
+    "_picture": 5,
+    "__main__": 6,
+    "__init__": 6,
+}
+
+
+def imports(path):
+    """Return the modules that a file imports, lazily or not."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            yield node.module
+            if node.module == "sklearn_backdoor":
+                yield from (f"sklearn_backdoor.{alias.name}" for alias in node.names)
+
+
+def place(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else path.stem
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_one_way(path):
+    own = place(path)
+    for module in imports(path):
+        root, *rest = module.split(".")
+        assert root not in ("benchmarks", "tests")
+        if root == "sklearn_backdoor" and rest and rest[0] != own:
+            assert LEVELS[rest[0]] < LEVELS[own], f"{own} imports {module}"
+    if own in ("classifier", "metrics", "_likelihood", "_validation"):
+        assert not any(m.split(".")[0] in ("torch", "skorch") for m in imports(path))
+
+
+def test_no_file_is_unpickled():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        for word in ("pickle.load", "joblib.load", "torch.load", "weights_only=False"):
+            assert word not in text, f"{path.name} holds {word}"
+
+
+def test_importing_the_package_loads_neither_torchvision_nor_matplotlib():
+    code = (
+        "import sys, sklearn_backdoor; "
+        "print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_exist_and_are_documented():
+    import sklearn_backdoor
+
+    for name in sklearn_backdoor.__all__:
+        assert getattr(sklearn_backdoor, name).__doc__
+    assert sorted(sklearn_backdoor.__all__) == sklearn_backdoor.__all__
