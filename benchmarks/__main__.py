@@ -55,5 +55,14 @@ def overhead(results):
     run(results)
 
 
+@main.command()
+@_results
+def report(results):
+    """Print the README's tables, made from the results."""
+    from benchmarks.report import report as run
+
+    click.echo(run(results))
+
+
 if __name__ == "__main__":
     main()

@@ -1,10 +1,11 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import quality, results, victims
+from benchmarks import quality, report, results, victims
 from benchmarks.__main__ import main
 from benchmarks.overhead import medians
 from sklearn_backdoor.datasets import load_digits
@@ -30,6 +31,11 @@ def test_landed_results_follow_the_schema():
             assert set(ALWAYS + fields) <= set(record)
     ids = [record["run_id"] for record in records]
     assert len(set(ids)) == len(ids)
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    text = Path(__file__).parents[1].joinpath("README.md").read_text()
+    assert report.report(results.RESULTS) in text
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn_backdoor import datasets
 from sklearn_backdoor.__main__ import main
 from sklearn_backdoor._picture import draw_story
-from sklearn_backdoor.demo import ATTACKS, run_demo, screen
+from sklearn_backdoor.demo import ATTACKS, DATASETS, run_demo, screen
 
 FIELDS = (
     "target_class found verdict acc asr asr_estimated tpr fpr sia n_trigger n_clean "
@@ -71,6 +71,12 @@ def test_single_class_attacks_are_judged_on_their_source_alone(quick):
     story = run_demo("digits", "white-box", [3], None, seed=0, epochs=2)
     assert set(story.evaluation["origin"]) == {3, 9}
     assert story.figures["n_poisoned"] == 9  # 10 % of the images of class 3
+
+
+def test_the_command_line_offers_all_attacks_and_data_sets():
+    choices = {option.name: option.type for option in main.commands["demo"].params}
+    assert tuple(choices["attack"].choices) == ATTACKS
+    assert tuple(choices["dataset"].choices) == tuple(DATASETS)
 
 
 def test_other_data_sets_come_from_data_dir(quick, tmp_path, monkeypatch):
