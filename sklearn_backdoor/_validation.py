@@ -43,7 +43,10 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
     if not hasattr(X, "toarray"):
         X = np.asarray(X)
     if ndim is None and getattr(X, "ndim", 0) < 3 or hasattr(X, "toarray"):
-        return check_array(X, ensure_min_samples=int(not allow_empty), input_name=name)
+        X = check_array(X, ensure_min_samples=int(not allow_empty), input_name=name)
+        if image_shape is not None:
+            _check_shape(X, image_shape, name)
+        return X
     if ndim == 4 and X.ndim != 4:
         raise ValueError(
             f"{name} has shape {X.shape}, expected (n_samples, n_channels, height, "
