@@ -34,6 +34,8 @@ GRID = {
     "n_components": [1, 2, 3],
     "reg_covar": [0.1, 0.3, 1.0, 3.0, 10.0],
 }
+START = ("diag", 2, 1.0)
+N_FOLDS = 5
 
 
 def pipelines():
@@ -118,9 +120,11 @@ def quality(dataset, data_dir, n_seeds, victims, results):
                     "seed": seed,
                     "config": {
                         "recipe": case["recipe"],
-                        "classifier": str(classifier),
-                        "engineer": str(engineer.get_params()),
+                        "classifier": _settings_of(classifier),
+                        "engineer": _settings_of(engineer),
                         "flagged": engineer.target_classes_.tolist(),
+                        "search_seconds": case["search_seconds"],
+                        "search_passes": engineer.n_image_passes_._asdict(),
                     },
                     "data_source": case["data"].data_source,
                     "seconds": time.perf_counter() - start,
@@ -148,6 +152,15 @@ def quality(dataset, data_dir, n_seeds, victims, results):
     print("\nmean over seeds:")
     print(table.groupby(["pipeline", "trigger"])[columns].mean().round(4).to_string())
     print("the paper: TPR {} FPR {} SIA {}".format(*PAPER[dataset]))
+
+
+def _settings_of(estimator):
+    """Return every setting, defaults included, but the network."""
+    return {
+        name: str(value)
+        for name, value in estimator.get_params().items()
+        if not name.startswith(("victim", "steps"))
+    }
 
 
 def measure(guard, trigger, target, X, y):
@@ -225,16 +238,23 @@ def settings(dataset, data_dir, n_seeds, victims, memory):
                 greater_is_better=False,
                 response_method="predict_proba",
             ),
-            cv=StratifiedKFold(5, shuffle=True, random_state=seed),
+            cv=StratifiedKFold(N_FOLDS, shuffle=True, random_state=seed),
             refit=False,
             n_jobs=2,
         ).fit(*case["defense"])
         table = pd.DataFrame(search.cv_results_["params"])
         table.columns = [column.removeprefix(prefix) for column in table]
-        table["seed"], table["rank"] = seed, search.cv_results_["rank_test_score"]
-        table["log_loss"] = -search.cv_results_["mean_test_score"]
-        tables.append(table)
+        for fold in range(N_FOLDS):
+            scores = search.cv_results_[f"split{fold}_test_score"]
+            tables.append(table.assign(fold=(seed, fold), log_loss=-scores))
         print(f"{dataset}, seed {seed}: {search.best_params_}", flush=True)
-    means = pd.concat(tables).groupby(list(GRID))[["log_loss", "rank"]].mean()
-    print(f"{dataset}: cross-validated log-loss on D_Defense, seeds 0-{n_seeds - 1}")
-    print(means.sort_values("log_loss").round(4).to_string())
+    folds = pd.concat(tables).pivot_table("log_loss", "fold", list(GRID))
+    ranking = pd.DataFrame({"log_loss": folds.mean()})
+    paired = folds.sub(folds[START], axis=0)  # the same folds: a paired difference
+    ranking["minus_start"] = paired.mean()
+    ranking["standard_error"] = paired.sem()
+    print(
+        f"{dataset}: cross-validated log-loss on D_Defense, seeds 0-{n_seeds - 1}; "
+        f"the start is {START}"
+    )
+    print(ranking.sort_values("log_loss").round(4).to_string())

@@ -11,7 +11,7 @@ from sklearn_backdoor import datasets, poison, white_box
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 
-VICTIMS = Path(__file__).parent / "victims"
+VICTIMS = Path(__file__).parents[1] / ".victims"
 LOADERS = {
     "fashion-mnist": datasets.load_fashion_mnist,
     "mnist": datasets.load_mnist,
@@ -41,6 +41,7 @@ def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS):
         All settings.
     """
     recipe = {
+        "version": 2,  # raise it when train_network or poison changes what they make
         "dataset": dataset,
         "data_source": data.data_source,
         "network": "lenet5",

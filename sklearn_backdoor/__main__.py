@@ -84,13 +84,15 @@ def demo(dataset, attack, source_classes, data_dir, seed, epochs, out, json_file
                 f"{TARGET_CLASS}.",
                 param_hint="--source-classes",
             )
-    try:
+    folder = Path(out)
+    try:  # before the work, not after it
+        folder.mkdir(parents=True, exist_ok=True)
+        if json_file:
+            Path(json_file).parent.mkdir(parents=True, exist_ok=True)
         story = run_demo(dataset, attack, sources, data_dir, seed, epochs)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise click.UsageError(str(error)) from None
     click.echo(screen(story))
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     picture = folder / f"{dataset}-{attack}.png"
     draw_story(story).savefig(picture, dpi=150)
     click.echo(f"  picture      {picture}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 _LIBRARIES = ("torch", "torchvision", "numpy")
+_OF_TORCH = set(vars(torch.nn.Module()))  # mode, hooks, and what is digested by itself
 
 
 def fingerprint(network):
@@ -29,8 +30,9 @@ def fingerprint(network):
     Notes
     -----
     Code means the methods of each module's class outside torch, and the functions and
-    plain values that they name as globals, followed to the end. What hides behind
-    attributes of other objects is not seen.
+    plain values that they name as globals, followed to the end. Settings are the
+    module's attributes that are numbers, strings, arrays, tensors, functions, or
+    lists, tuples and dicts of plain values; other objects are not seen.
     """
     digest = hashlib.sha256()
     seen: set = set()
@@ -58,14 +60,18 @@ def _bytes_of(tensor):
 
 
 def _is_plain(value):
+    if isinstance(value, dict):
+        return all(_is_plain(item) for pair in value.items() for item in pair)
     if isinstance(value, tuple | list):
         return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str | bytes)
+    return value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | np.generic
+    )
 
 
 def _add_plain_attributes(digest, module):
     for name, value in sorted(vars(module).items()):
-        if name == "training" or name.startswith("_"):
+        if name in _OF_TORCH:
             continue
         if isinstance(value, types.FunctionType):
             _add_function(digest, value, set())

@@ -75,38 +75,52 @@ class LogitsAndFeatures(nn.Module):
         Name of a submodule.
     at_input : bool
         Whether the features are the layer's input, instead of its output.
+    logits_layer : str or None
+        Name of the submodule whose output the logits are; None takes what the network
+        returns.
     probabilities : bool
         Whether the network returns probabilities, to be turned into logarithms.
     """
 
-    def __init__(self, network, layer, at_input, probabilities):
+    def __init__(self, network, layer, at_input, logits_layer, probabilities):
         super().__init__()
         self.network = network
         self.layer = layer
         self.at_input = at_input
+        self.logits_layer = logits_layer
         self.probabilities = probabilities
 
     def forward(self, images):
         """Return logits (n, n_classes) and features (n, n_features)."""
-        caught: list = []
+        caught = {}
 
-        def catch(module, inputs, output):
-            caught[:] = [inputs[0] if self.at_input else output]
+        def catch_features(module, inputs, output):
+            caught["features"] = inputs[0] if self.at_input else output
 
-        layer = self.network.get_submodule(self.layer)
-        handle = layer.register_forward_hook(catch)
+        def catch_logits(module, inputs, output):
+            caught["logits"] = output
+
+        hooks = [(self.layer, catch_features)]
+        if self.logits_layer is not None:
+            hooks.append((self.logits_layer, catch_logits))
+        handles = [
+            self.network.get_submodule(name).register_forward_hook(hook)
+            for name, hook in hooks
+        ]
         try:
-            logits = output_of(self.network(images))
+            returned = output_of(self.network(images))
         finally:
-            handle.remove()
-        if not caught or not isinstance(caught[0], torch.Tensor):
+            for handle in handles:
+                handle.remove()
+        if not isinstance(caught.get("features"), torch.Tensor):
             raise ValueError(
                 f"feature_layer={self.layer!r} gave no tensor in a forward pass. "
                 f"Choose one of: {layer_names(self.network)}."
             )
+        logits = caught.get("logits", returned)
         if self.probabilities:
             logits = logits.clamp_min(_TINY).log()
-        features = caught[0]
+        features = caught["features"]
         if features.ndim == 4:
             features = features.mean(dim=(2, 3))
         return logits, features.flatten(1)
@@ -139,10 +153,11 @@ def layer_names(network):
 
 
 class Opening(NamedTuple):
-    """Where logits and features are in a network; the first three open it."""
+    """Where logits and features are in a network; the first four open it."""
 
     layer: str
     at_input: bool
+    logits_layer: str | None
     probabilities: bool
     n_logits: int
     n_features: int
@@ -193,29 +208,38 @@ def open_network(network, feature_layer, images):
     finally:
         for handle in handles:
             handle.remove()
-    layer, relation = _match(calls, returned)
+    if returned.isnan().any():
+        raise ValueError(
+            "the network returned NaN for the first images: its weights are damaged, "
+            "or it overflows. Load them again, in float32."
+        )
+    if returned.shape[1] < 2:
+        raise ValueError(
+            f"the network returns {returned.shape[1]} logit(s) an image, expected one "
+            "a class, two at least. Wrap a yes-or-no output into two logits."
+        )
+    linear, relation = _match(calls, returned)
     if relation == "sigmoid":
         raise ValueError(
             "the network returns sigmoids of its last nn.Linear, one yes or no a "
             "class; expected logits or a softmax. Remove the sigmoid."
         )
-    looks_like_probabilities = bool(
+    sums_to_one = bool(
         (returned >= 0).all() and ((returned.sum(1) - 1).abs() < 1e-4).all()
     )
-    if feature_layer is not None:
-        probabilities = relation == "softmax" or (
-            relation is None and looks_like_probabilities
-        )
-        found = feature_layer, False, probabilities
-    elif layer is not None:
-        found = layer, True, relation == "softmax"
-    else:
-        what = "probabilities" if looks_like_probabilities else "values"
+    if feature_layer is None and linear is None:
+        what = "probabilities" if sums_to_one else "values"
         raise ValueError(
             f"the network returns {what} that are not the output of an nn.Linear (its "
             f"Linear layers: {', '.join(calls) or 'none'}). Name the penultimate layer "
             f"with feature_layer=...; it has: {layer_names(network)}."
         )
+    found = (
+        feature_layer or linear,
+        feature_layer is None,
+        linear if relation == "softmax" else None,
+        linear is None and sums_to_one,
+    )
     logits, features = LogitsAndFeatures(network, *found)(images)
     return Opening(*found, logits.shape[1], features.shape[1])
 

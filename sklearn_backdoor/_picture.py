@@ -179,7 +179,8 @@ def _anomalies(axes, story):
     if np.isnan(index).all():
         _nothing(axes, "too few classes converged for a verdict")
         return
-    small = engineer.norms_ < np.median(engineer.norms_)
+    limit = np.where(engineer.converged_, engineer.norms_, np.inf)
+    small = limit < np.median(limit)
     flagged = np.isin(engineer.classes_, engineer.target_classes_)
     places = np.arange(len(index))
     colors = np.where(flagged, _RED, np.where(small, _INK, _PALE))
@@ -199,9 +200,15 @@ def _anomalies(axes, story):
         color=_RED,
         va="center",
     )
-    for place, height, norm in zip(places, index, engineer.norms_, strict=True):
+    for place, height, norm in zip(places, index, limit, strict=True):
         axes.text(
-            place, height, f"{norm:.0f}", ha="center", va="bottom", size=10, color=_GREY
+            place,
+            height,
+            f"{norm:.0f}" if np.isfinite(norm) else "not\nreached",
+            ha="center",
+            va="bottom",
+            size=10,
+            color=_GREY,
         )
     axes.set_xticks(places, engineer.classes_)
     axes.set_xlim(-0.6, len(index) - 0.5)

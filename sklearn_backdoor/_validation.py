@@ -53,7 +53,7 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
             "width). Reshape your data: images[:, None] adds a channel axis to grey "
             "images, image[None] makes a batch of one image."
         )
-    _check_shape(X, image_shape, name)
+    _check_shape(X, image_shape, name, images=ndim == 4)
     if len(X) == 0 and not allow_empty:
         raise ValueError(
             f"{name} has shape {X.shape} and holds no image: give at least one."
@@ -62,11 +62,11 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
     return X
 
 
-def _check_shape(X, image_shape, name):
+def _check_shape(X, image_shape, name, images=False):
     shape = X.shape[1:]
     if 0 in shape:
         raise ValueError(f"{name} has shape {X.shape}: these images have no pixels.")
-    channels_last = X.ndim == 4 and shape[-1] in (1, 3, 4) and shape[0] > 4
+    channels_last = images and shape[-1] in (1, 3, 4) and shape[0] > 4
     remedy = " Transpose channels-last images with X.transpose(0, 3, 1, 2)."
     if image_shape is not None and shape != tuple(image_shape):
         raise ValueError(

@@ -85,6 +85,10 @@ def poison(
         sources = classes[classes != target_class]
     else:
         sources = np.unique(source_classes)
+        if len(sources) == 0:
+            raise ValueError(
+                "source_classes is empty: name at least one class, or give 'all'."
+            )
         for source in sources.tolist():
             check_target_class(source, classes)
         if target_class in sources.tolist():

@@ -5,10 +5,12 @@ from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.mixture import GaussianMixture
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, check_X_y, validate_data
 
 from sklearn_backdoor._likelihood import LikelihoodScorer
 from sklearn_backdoor._validation import check_target_class
+
+_LOWEST = np.finfo(np.float64).min / 4
 
 
 class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
@@ -84,12 +86,13 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         ValueError
             If a class has too few samples for the density, or the target is missing.
         """
-        X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        Z, y = check_X_y(X, y, dtype=np.float64, ensure_min_samples=2, estimator=self)
         check_classification_targets(y)
         classes = np.unique(y)
         if self.target_class is not None:
             check_target_class(self.target_class, classes)
-        densities = [self._fit_density(X[y == label], label) for label in classes]
+        densities = [self._fit_density(Z[y == label], label) for label in classes]
+        validate_data(self, X, skip_check_array=True)  # remembers names and number
         self.classes_ = classes
         self.densities_ = densities
         self._score = LikelihoodScorer(densities)
@@ -128,7 +131,8 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
             Columns in the order of ``classes_``, also for two classes.
         """
         check_is_fitted(self)
-        return self._score(validate_data(self, X, dtype=np.float64, reset=False))
+        scores = self._score(validate_data(self, X, dtype=np.float64, reset=False))
+        return np.maximum(scores, _LOWEST)  # some densities give -inf: keep it finite
 
     def predict(self, X):
         """Return the likeliest class of origin.
@@ -190,12 +194,15 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
             If ``target_class`` is None.
         """
         check_is_fitted(self)
+        self._check_target()
+        return log_ratio(self.log_likelihood(X), self.classes_, self.target_class)
+
+    def _check_target(self):
         if self.target_class is None:
             raise ValueError(
                 "trigger_score and is_trigger need target_class: set it before fit to "
                 "the class that the backdoor leads to."
             )
-        return log_ratio(self.log_likelihood(X), self.classes_, self.target_class)
 
     def is_trigger(self, X):
         """Return whether another class than the target is likelier.
@@ -208,7 +215,9 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         -------
         ndarray of bool, shape (n_samples,)
         """
-        return self.trigger_score(X) > 0
+        check_is_fitted(self)
+        self._check_target()
+        return self.predict(X) != self.target_class
 
 
 def log_ratio(scores, classes, target_class):

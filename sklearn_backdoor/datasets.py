@@ -127,10 +127,10 @@ def _load_torchvision(name, data_dir, marker, grey):
         maker = getattr(torchvision.datasets, name)
         try:
             part = maker(str(root), train=train, download=data_dir is None)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torchvision raises both
             raise OSError(
-                f"{name} could not be downloaded ({error}). Where there is no "
-                f"network, give data_dir, a folder that holds {marker}."
+                f"{name} could not be read from {root} ({error}). Where there is no "
+                f"network, give data_dir, a folder that holds a whole {marker}."
             ) from error
         images = np.asarray(part.data)
         images = images[:, None] if grey else images.transpose(0, 3, 1, 2)

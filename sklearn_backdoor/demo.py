@@ -201,7 +201,9 @@ def _judge(guard, trigger, source_classes, X, y):
     found = guard.target_class_
     asr_estimated = None
     if found is not None:
+        # of all classes, if the only source was flagged itself
         others = np.isin(y, source_classes) & (y != found)
+        others = others if others.any() else y != found
         stamped = guard.triggers_[found].embed(X[others])
         labels = guard.victim_.predict(stamped)
         asr_estimated = asr_score(y[others], labels, target_class=found)

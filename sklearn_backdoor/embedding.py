@@ -34,8 +34,8 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
         The class that is left alone.
     image_shape_ : tuple
         Other shapes are refused from now on.
-    engineer_ : reverse engineer
-        Fitted; only where ``trigger`` is one.
+    engineer_ : reverse engineer or None
+        Fitted; None where ``trigger`` is a value.
 
     Examples
     --------
@@ -84,18 +84,18 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
         y = np.asarray(y)
         check_labels(y, np.unique(y), len(X))
         trigger, target, engineer = self.trigger, self.target_class, None
+        if target is not None:
+            check_target_class(target, y)
         if not isinstance(trigger, Trigger):
-            engineer = clone(trigger).fit(X, y)
+            engineer = check_engineer(trigger).fit(X, y)
             trigger, target = _finding_of(engineer, target)
         if target is None:
             raise ValueError(
                 "target_class=None with a trigger value: name the class that the "
                 "backdoor leads to, or give a reverse engineer as trigger."
             )
-        check_target_class(target, y)
         trigger.embed(X[:1])
-        if engineer is not None:
-            self.engineer_ = engineer
+        self.engineer_ = engineer
         self.trigger_ = trigger
         self.target_class_ = target
         self.image_shape_ = X.shape[1:]
@@ -164,6 +164,22 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         return tags
+
+
+def check_engineer(trigger):
+    """Return a clone of a reverse engineer, or say what a trigger may be.
+
+    Raises
+    ------
+    TypeError
+        If it is no reverse engineer.
+    """
+    if not (hasattr(trigger, "fit") and hasattr(trigger, "get_params")):
+        raise TypeError(
+            f"trigger has type {type(trigger).__name__}, expected a trigger, such as "
+            "PatchTrigger(mask, pattern), or a reverse engineer."
+        )
+    return clone(trigger)
 
 
 def _finding_of(engineer, target_class):

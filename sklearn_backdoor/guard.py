@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
+from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.mixture import GaussianMixture
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -16,8 +16,10 @@ from sklearn_backdoor.classifier import (
     log_ratio,
     seeded_clone,
 )
+from sklearn_backdoor.embedding import check_engineer
 from sklearn_backdoor.reverse import NCReverseEngineer
 from sklearn_backdoor.triggers import Trigger
+from sklearn_backdoor.victim import check_victim
 
 
 class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
@@ -46,7 +48,8 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         With a trigger value: where it leads. With a reverse engineer: defend this class
         alone, flagged or not.
     random_state : int, RandomState instance or None, default=0
-        Handed to parts of the classifier whose own random state is None.
+        Of the default reverse engineer, and of parts of the classifier whose own
+        random state is None.
 
     Attributes
     ----------
@@ -109,7 +112,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             If images, labels, victim, trigger and classifier do not fit each other.
         """
         X = check_images(X, ndim=4)
-        victim = clone(self.victim).fit(X, y)
+        victim = check_victim(self.victim).fit(X, y)
         y = check_labels(y, victim.classes_, len(X), all_present=True, min_per_class=2)
         engineer, verdict, triggers = self._find_triggers(X, y, victim.classes_)
         classifiers = {
@@ -137,9 +140,10 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                     "trigger leads to, or leave trigger out to search for both."
                 )
             return None, "backdoored", {self.target_class: self.trigger}
-        engineer = self.trigger
-        if engineer is None:
-            engineer = NCReverseEngineer(self.victim)
+        if self.trigger is None:
+            engineer = NCReverseEngineer(self.victim, random_state=self.random_state)
+        else:
+            engineer = check_engineer(self.trigger)
         engineer = seeded_clone(engineer, self.random_state).fit(X, y)
         estimates = dict(zip(classes.tolist(), engineer.triggers_, strict=True))
         if self.target_class is not None:
@@ -154,10 +158,23 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         embedded = X.copy()
         embedded[sources] = trigger.embed(X[sources])
         Z = victim.transform(embedded)
+        for label in victim.classes_.tolist():
+            if np.all(np.ptp(Z[y == label], axis=0) == 0):
+                raise ValueError(
+                    f"all images of class {label} have identical features: the images "
+                    f"are identical, or the trigger for target class {target} covers "
+                    "them. The defence needs at least three different images a class."
+                )
         classifier = self.classifier
         if classifier is None:
             classifier = default_classifier()
         classifier = seeded_clone(classifier, self.random_state)
+        last = classifier[-1] if isinstance(classifier, Pipeline) else classifier
+        if not (hasattr(last, "log_likelihood") or hasattr(last, "predict_proba")):
+            raise TypeError(
+                f"classifier ends in {type(last).__name__}, expected one with "
+                "log_likelihood or predict_proba, such as BackdoorTriggerClassifier."
+            )
         try:
             return classifier.fit(Z, y)
         except np.linalg.LinAlgError as error:
@@ -183,11 +200,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             inferred source class.
         """
         labels, Z = self._look(X)
-        origins = labels.copy()
-        for target, rows, scores in self._judge(labels, Z):
-            classes = self.classifiers_[target].classes_
-            origins[rows] = classes[scores.argmax(axis=1)]
-        return origins
+        return self._origins(labels, Z)
 
     def trigger_score(self, X):
         """Return max over c != t of log L_c - log L_t; above 0 means trigger.
@@ -220,7 +233,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         ndarray of bool, shape (n_samples,)
         """
         labels, Z = self._look(X)
-        return self._is_trigger(labels, self._trigger_score(labels, Z))
+        return self._origins(labels, Z) != labels
 
     def predict_proba(self, X):
         """Return the probability of each class of origin.
@@ -258,18 +271,16 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             does not say a target class.
         """
         labels, Z = self._look(X)
-        score = self._trigger_score(labels, Z)
-        origins = labels.copy()
+        origins = self._origins(labels, Z)
         likelihoods = np.full((len(labels), len(self.classes_)), np.nan)
         for target, rows, scores in self._judge(labels, Z):
-            origins[rows] = self.classifiers_[target].classes_[scores.argmax(axis=1)]
             likelihoods[rows] = self._by_victim(scores, target)
         table = pd.DataFrame(
             {
                 "victim_label": labels,
-                "is_trigger": self._is_trigger(labels, score),
+                "is_trigger": origins != labels,
                 "label": origins,
-                "trigger_score": score,
+                "trigger_score": self._trigger_score(labels, Z),
             }
         )
         names = [f"log_likelihood_{label}" for label in self.classes_]
@@ -278,6 +289,14 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     def _look(self, X):
         check_is_fitted(self)
         return self.victim_.predict_and_transform(X)
+
+    def _origins(self, labels, Z):
+        """Return accepted labels or inferred source classes."""
+        origins = labels.copy()
+        for target, rows, scores in self._judge(labels, Z):
+            classes = self.classifiers_[target].classes_
+            origins[rows] = classes[scores.argmax(axis=1)]
+        return origins
 
     def _judge(self, labels, Z):
         """Yield target class, rows that the victim sends there, and their scores."""
@@ -296,9 +315,6 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                 scores = _origin_scores(classifier, Z[rows])
                 score[rows] = log_ratio(scores, classifier.classes_, target)
         return score
-
-    def _is_trigger(self, labels, score):
-        return np.isin(labels, self.target_classes_) & (score > 0)
 
     def _by_victim(self, scores, target):
         """Put the classifier's columns (sorted labels) into the victim's order."""

@@ -35,7 +35,9 @@ def asr_score(y_true, y_pred, *, target_class):
     ValueError
         If there is no triggered image.
     """
-    return _rate(*_counts("asr", y_true, y_pred, target_class))
+    y_true, y_pred = _labels(y_true, y_pred)
+    hits, among = y_pred == target_class, y_true != target_class
+    return _rate("asr", hits, among, target_class)
 
 
 def tpr_score(y_true, y_pred, *, target_class):
@@ -59,7 +61,9 @@ def tpr_score(y_true, y_pred, *, target_class):
     ValueError
         If there is no triggered image.
     """
-    return _rate(*_counts("tpr", y_true, y_pred, target_class))
+    y_true, y_pred = _labels(y_true, y_pred)
+    hits, among = y_pred != target_class, y_true != target_class
+    return _rate("tpr", hits, among, target_class)
 
 
 def fpr_score(y_true, y_pred, *, target_class):
@@ -83,7 +87,9 @@ def fpr_score(y_true, y_pred, *, target_class):
     ValueError
         If there is no clean image.
     """
-    return _rate(*_counts("fpr", y_true, y_pred, target_class))
+    y_true, y_pred = _labels(y_true, y_pred)
+    hits, among = y_pred != target_class, y_true == target_class
+    return _rate("fpr", hits, among, target_class)
 
 
 def sia_score(y_true, y_pred, *, target_class):
@@ -107,11 +113,13 @@ def sia_score(y_true, y_pred, *, target_class):
     ValueError
         If there is no triggered image.
     """
-    return _rate(*_counts("sia", y_true, y_pred, target_class))
+    y_true, y_pred = _labels(y_true, y_pred)
+    hits, among = y_pred == y_true, y_true != target_class
+    return _rate("sia", hits, among, target_class)
 
 
 def origin_log_loss(y_true, y_proba, *, target_class, labels):
-    """Compute the log-loss of the class of origin, clean and triggered weighted alike.
+    """Compute the log-loss of the class of origin.
 
     A smooth score to choose settings by: with 100 images a class, no false alarm says
     only that FPR is at most 0.037.
@@ -123,23 +131,17 @@ def origin_log_loss(y_true, y_proba, *, target_class, labels):
     y_proba : array-like of shape (n_samples, n_classes)
         Probabilities of the classes of origin.
     target_class : label
-        The attacker's t.
+        Not used; here for `make_trigger_scorer`.
     labels : array-like of shape (n_classes,)
-        The columns of ``y_proba``.
+        The columns of ``y_proba``, in any order.
 
     Returns
     -------
     float, 0 or more; lower is better
     """
-    y_true = column_or_1d(y_true)
     order = np.argsort(labels)
-    clean = y_true == target_class
-    weight = np.where(clean, 1 / max(clean.sum(), 1), 1 / max((~clean).sum(), 1))
     return log_loss(
-        y_true,
-        np.asarray(y_proba)[:, order],
-        labels=np.asarray(labels)[order],
-        sample_weight=weight,
+        y_true, np.asarray(y_proba)[:, order], labels=np.asarray(labels)[order]
     )
 
 
@@ -170,7 +172,7 @@ def detection_report(
         (over all images, by ``is_trigger``) and ``sia_all``; columns ``score, low,
         high, n``. A rate over no image is NaN.
     """
-    check_consistent_length(y_true, y_pred, victim_labels)
+    check_consistent_length(y_true, y_pred, victim_labels, is_trigger)
     y_true, y_pred = column_or_1d(y_true), column_or_1d(y_pred)
     sent = column_or_1d(victim_labels) == target_class
     if is_trigger is None:
@@ -286,29 +288,22 @@ class _TriggerScorer:
 
     def __repr__(self):
         return (
-            f"make_trigger_scorer({self.metric.__name__}, {self.trigger!r}, "
+            f"make_trigger_scorer({self.metric}, {self.trigger!r}, "
             f"{self.target_class!r})"
         )
 
 
-def _counts(name, y_true, y_pred, target_class):
-    check_consistent_length(y_true, y_pred)
-    y_true, y_pred = column_or_1d(y_true), column_or_1d(y_pred)
-    among = y_true == target_class if name == "fpr" else y_true != target_class
+def _rate(name, hits, among, target_class):
+    """Return the share of hits among images; refuse if there are none of these."""
     if not among.any():
         kind = "clean target" if name == "fpr" else "triggered"
         raise ValueError(
             f"{name} needs {kind} images, but y_true (the class of origin) holds "
             f"none for target_class={target_class}. Check y_true and target_class."
         )
-    hits = {
-        "asr": y_pred == target_class,
-        "tpr": y_pred != target_class,
-        "fpr": y_pred != target_class,
-        "sia": y_pred == y_true,
-    }[name]
-    return int(np.sum(hits & among)), int(np.sum(among))
+    return float(np.mean(hits[among]))
 
 
-def _rate(n_hits, n):
-    return n_hits / n
+def _labels(y_true, y_pred):
+    check_consistent_length(y_true, y_pred)
+    return column_or_1d(y_true), column_or_1d(y_pred)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.utils import check_random_state
 from skorch import NeuralNetClassifier
-from skorch.callbacks import LRScheduler
+from skorch.callbacks import Callback, LRScheduler
 from torch import nn
 
 from sklearn_backdoor._torch import SliceLoader, borrowed_random_state
@@ -73,14 +73,22 @@ def train_network(
                         step_every="batch",
                         total_steps=epochs * -(-len(X) // batch_size),
                     ),
-                )
+                ),
+                ("progress", _Progress(on_epoch)),
             ],
             verbose=0,
         )
-        net.initialize()
-        for epoch in range(epochs):
-            net.partial_fit(X, np.asarray(y, dtype=np.int64), epochs=1)
-            if on_epoch is not None:
-                on_epoch(epoch, net.history[-1, "train_loss"])
+        net.fit(X, np.asarray(y, dtype=np.int64))
     net.module_.zero_grad(set_to_none=True)
     return net.module_.eval()
+
+
+class _Progress(Callback):
+    """Call back after each epoch, with its number and training loss."""
+
+    def __init__(self, on_epoch):
+        self.on_epoch = on_epoch
+
+    def on_epoch_end(self, net, **kwargs):
+        if self.on_epoch is not None:
+            self.on_epoch(len(net.history) - 1, net.history[-1, "train_loss"])

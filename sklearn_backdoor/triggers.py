@@ -52,7 +52,8 @@ class Trigger(ABC):
         Returns
         -------
         ndarray of the shape and dtype of ``X``
-            ``uint8`` images are rounded to whole grey levels, as an image file is.
+            ``uint8`` images are rounded to whole grey levels, as an image file is;
+            rows of integer features become float64.
 
         Raises
         ------
@@ -177,7 +178,14 @@ class PatchTrigger(Trigger):
         super().__init__(
             mask=_frozen(mask, "mask", 0, 1), pattern=_frozen(pattern, "pattern", 0, 1)
         )
-        np.broadcast_shapes(self.mask.shape, self.pattern.shape)
+        try:
+            np.broadcast_shapes(self.mask.shape, self.pattern.shape)
+        except ValueError:
+            raise ValueError(
+                f"mask has shape {self.mask.shape} and pattern {self.pattern.shape}, "
+                "which do not broadcast to one image. Give (height, width) and "
+                "(n_channels, height, width)."
+            ) from None
 
     @property
     def mask_norm(self):
@@ -185,7 +193,9 @@ class PatchTrigger(Trigger):
         return float(self.mask.sum(dtype=np.float64))
 
     def _apply(self, X):
-        return (1 - self.mask) * X + self.mask * self.pattern
+        stamped = (1 - self.mask) * X + self.mask * self.pattern
+        # rounding may leave 0...1 by one bit
+        return stamped if X.ndim == 2 else np.clip(stamped, 0, 1, out=stamped)
 
     def _picture(self):
         grey = np.full(self.image_shape, 0.5, dtype=np.float32)
@@ -281,10 +291,12 @@ def single_pixel(image_shape, position=(-2, -2), value=1.0):
     """
     mask = np.zeros(image_shape[-2:])
     try:
-        mask[position] = 1
-    except IndexError:
+        row, column = position
+        mask[int(row), int(column)] = 1
+    except (IndexError, TypeError, ValueError):
         raise ValueError(
-            f"position={position} lies outside an image of {image_shape[-2:]} pixels."
+            f"position={position} lies outside an image of {image_shape[-2:]} pixels, "
+            "or is no pair (row, column)."
         ) from None
     return PatchTrigger(mask, np.full(image_shape, value))
 

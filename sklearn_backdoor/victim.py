@@ -123,7 +123,7 @@ class VictimNetwork(
         self.image_shape_ = X.shape[1:]
         self.feature_layer_ = found.layer
         self._n_features_out = found.n_features
-        self._opened = LogitsAndFeatures(network, *found[:3])
+        self._opened = LogitsAndFeatures(network, *found[:4])
         self._open()
         return self
 
@@ -146,7 +146,7 @@ class VictimNetwork(
             batch_size=self.batch_size,
             train_split=None,
             classes=self.classes_,
-            device=None,  # wherever the network lies
+            device=str(device_of(self._opened)),
             verbose=0,
         ).initialize()
 
@@ -314,6 +314,22 @@ class VictimNetwork(
         return tags
 
 
+def check_victim(victim):
+    """Return a clone of the victim, or say that a bare network needs wrapping.
+
+    Raises
+    ------
+    TypeError
+        If it cannot give labels and features.
+    """
+    if not hasattr(victim, "predict_and_transform"):
+        raise TypeError(
+            f"victim has type {type(victim).__name__}, expected a VictimNetwork. Wrap "
+            "your network: VictimNetwork(network)."
+        )
+    return clone(victim)
+
+
 def _module_of(net):
     if isinstance(net, nn.Module):
         return net
@@ -335,13 +351,21 @@ def _probe(X, key, victim):
     """Find logits and features; ``key`` is what the cache goes by."""
     network = _module_of(victim.net)
     images = to_tensor(X, device_of(network))
-    with evaluation_mode(network), torch.inference_mode():
+    # no_grad: a tensor that a network keeps from inference_mode could never be
+    # differentiated through afterwards
+    with evaluation_mode(network), torch.no_grad():
         try:
             return open_network(network, victim.feature_layer, images)
         except RuntimeError as error:
+            dtypes = {str(p.dtype) for p in network.parameters()} - {"torch.float32"}
+            remedy = (
+                f"Its weights are {', '.join(sorted(dtypes))}: call .float() on it."
+                if dtypes
+                else "Give it the image size and channels that it was made for."
+            )
             raise ValueError(
-                f"the network cannot process images of shape {X.shape[1:]}: {error}. "
-                "Give it the image size and channels that it was made for."
+                f"the network cannot process float32 images of shape {X.shape[1:]}: "
+                f"{error}. {remedy}"
             ) from error
 
 
@@ -351,7 +375,7 @@ def _forward_pass(X, key, victim):
         n_features = victim._n_features_out
         return np.empty((0, len(victim.classes_))), np.empty((0, n_features))
     network = victim._opened.network
-    with evaluation_mode(network), torch.inference_mode():
+    with evaluation_mode(network), torch.no_grad():
         parts = [
             (logits.float().cpu().numpy(), features.float().cpu().numpy())
             for logits, features in victim.net_.forward_iter(X)

@@ -68,6 +68,7 @@ def test_poison_repeats_and_leaves_the_global_state_alone(train):
         ({"target_class": 5}, "target_class=5 is not among"),
         ({"target_class": 9, "source_classes": [9]}, "is among source_classes"),
         ({"target_class": 9, "source_classes": [7]}, "=7 is not among"),
+        ({"target_class": 9, "source_classes": []}, "source_classes is empty"),
         ({"target_class": 9, "n_per_class": 1001}, "has only 1000"),
         ({"target_class": 9, "n_per_class": 0}, "n_per_class=0"),
         ({"target_class": 9, "n_per_class": 1.5}, "n_per_class=1.5"),

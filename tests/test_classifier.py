@@ -170,7 +170,25 @@ def test_log_ratio_of_worked_numbers():
 def test_bad_settings_are_named_and_nothing_is_half_fitted(features, clf, message):
     with pytest.raises(ValueError, match=message):
         clf.fit(*features)
-    assert not hasattr(clf, "classes_") and not hasattr(clf, "densities_")
+    assert not [name for name in vars(clf) if name.endswith("_")]
+
+
+def test_a_refit_that_fails_leaves_the_fitted_one_usable(features):
+    Z, y = features
+    clf = BackdoorTriggerClassifier(GaussianMixture(5)).fit(Z, y)
+    expected = clf.predict(Z)
+    with pytest.raises(ValueError, match="fewer than"):
+        clf.fit(Z[:4, :2], [3, 3, 9, 9])
+    np.testing.assert_array_equal(clf.predict(Z), expected)
+
+
+def test_densities_that_give_minus_infinity_keep_scores_finite(features):
+    Z, y = features
+    density = KernelDensity(kernel="tophat", bandwidth=0.5)
+    clf = BackdoorTriggerClassifier(density, target_class=3).fit(Z, y)
+    far = np.concatenate([Z, Z + 100])
+    assert np.isfinite(clf.trigger_score(far)).all()
+    np.testing.assert_array_equal(clf.is_trigger(far), clf.predict(far) != 3)
 
 
 def test_scores_without_a_target_say_what_to_do(features):

@@ -112,9 +112,10 @@ def test_an_empty_data_dir_says_what_belongs_there(tmp_path):
         datasets.load_mnist(tmp_path)
 
 
-def test_no_network_says_to_give_data_dir(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_no_network_says_to_give_data_dir(monkeypatch, error):
     def refuse(*args, **kwargs):
-        raise OSError("no route to host")
+        raise error("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
     with pytest.raises(OSError, match="no route to host.*give data_dir"):

@@ -104,6 +104,13 @@ def test_bad_options_end_with_status_2_and_no_traceback(options, message):
     assert message in done.output and "Traceback" not in done.output
 
 
+def test_a_broken_data_set_ends_with_status_2(tmp_path):
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    options = ["demo", "--dataset", "mnist", "--data-dir", str(tmp_path)]
+    done = CliRunner().invoke(main, options)
+    assert done.exit_code == 2 and "give data_dir" in done.output
+
+
 def test_an_empty_data_dir_ends_with_status_2(tmp_path):
     options = ["demo", "--dataset", "mnist", "--data-dir", str(tmp_path)]
     done = CliRunner().invoke(main, options)

@@ -11,7 +11,7 @@ from sklearn_backdoor import (
     chessboard,
     white_box,
 )
-from tests.common import corner_trigger
+from tests.common import LinearNetwork, corner_trigger
 
 
 def test_embedder_leaves_target_class_untouched_and_stamps_all_others(images):
@@ -95,6 +95,12 @@ def test_any_shape_works_rows_of_features_included():
     [
         (TriggerEmbedder(corner_trigger()), "target_class=None with a trigger"),
         (TriggerEmbedder(corner_trigger(), target_class=9), "target_class=9 is not"),
+        (
+            TriggerEmbedder(
+                NCReverseEngineer(VictimNetwork(LinearNetwork())), target_class=9
+            ),
+            "target_class=9 is not",
+        ),
         (TriggerEmbedder(chessboard((1, 5, 5)), target_class=2), r"\(1, 5, 5\)"),
     ],
 )
@@ -102,6 +108,11 @@ def test_bad_settings_are_named_and_nothing_is_half_fitted(images, embedder, mes
     with pytest.raises(ValueError, match=message):
         embedder.fit_transform(*images)
     assert not [name for name in vars(embedder) if name.endswith("_")]
+
+
+def test_what_is_no_trigger_is_refused(images):
+    with pytest.raises(TypeError, match="type ndarray, expected a trigger"):
+        TriggerEmbedder(np.zeros((1, 4, 4)), target_class=2).fit(*images)
 
 
 def test_bad_images_and_labels_are_refused(images):

@@ -120,6 +120,16 @@ def test_every_process_agrees_and_globals_count():
     assert run(CODE) != run(CODE.replace("SCALE = 3", "SCALE = 4"))
 
 
+@pytest.mark.parametrize(
+    "one, other",
+    [(1.0, -1.0), ({"t": 1}, {"t": 2}), (np.float32(1), np.float32(2)), ([1], [2])],
+)
+def test_private_attributes_dicts_and_numpy_scalars_count(one, other):
+    networks = LinearNetwork(), LinearNetwork()
+    networks[0]._scale, networks[1]._scale = one, other
+    assert fingerprint(networks[0]) != fingerprint(networks[1])
+
+
 def test_arrays_as_attributes_count():
     one, other = LinearNetwork(), LinearNetwork()
     one.table, other.table = np.zeros(2), np.ones(2)

@@ -7,11 +7,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
 
 from sklearn_backdoor import (
     BackdoorGuard,
     BackdoorTriggerClassifier,
     NCReverseEngineer,
+    PatchTrigger,
     TriggerEmbedder,
     VictimNetwork,
     detection_report,
@@ -292,6 +294,35 @@ def test_bad_input_is_named_and_nothing_is_half_fitted(guard, change, message, i
     with pytest.raises(ValueError, match=message):
         guard.fit(*change(*images))
     assert not [name for name in vars(guard) if name.endswith("_")]
+
+
+def test_a_trigger_that_covers_everything_is_refused(images):
+    trigger = PatchTrigger(1.0, 0.5)
+    with pytest.raises(ValueError, match="class 0 have identical features"):
+        make_guard(trigger=trigger).fit(*images)
+
+
+@pytest.mark.parametrize(
+    "guard, message",
+    [
+        (BackdoorGuard(LinearNetwork()), "Wrap your network: VictimNetwork"),
+        (make_guard(trigger=np.zeros((1, 4, 4))), "type ndarray, expected a trigger"),
+        (make_guard(LinearSVC()), "ends in LinearSVC, expected one with"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_named(guard, message, images):
+    with pytest.raises(TypeError, match=message):
+        guard.fit(*images)
+    assert not [name for name in vars(guard) if name.endswith("_")]
+
+
+def test_float64_images_of_full_brightness_are_guarded(linear, images):
+    X, y = images[0].astype(np.float64), images[1]
+    X[X > 0.9] = 1
+    victim = VictimNetwork(linear)
+    guard = BackdoorGuard(victim, NCReverseEngineer(victim), target_class=2)
+    stamped = guard.fit(X, y).engineer_.triggers_[2].embed(X[y != 2])
+    np.testing.assert_array_equal(guard.predict(stamped), y[y != 2])
 
 
 def test_three_images_a_class_are_enough_for_the_default_classifier(images):

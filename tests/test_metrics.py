@@ -55,6 +55,10 @@ def test_a_set_without_clean_images_is_refused():
         fpr_score([1, 2], [9, 9], target_class=9)
     with pytest.raises(ValueError, match="inconsistent numbers"):
         fpr_score([1, 2], [9], target_class=9)
+    with pytest.raises(ValueError, match="inconsistent numbers"):
+        detection_report(
+            [9, 1], [9, 1], target_class=9, victim_labels=[9, 9], is_trigger=[True]
+        )
 
 
 def test_the_report_holds_headline_and_unconditional_rates():
@@ -88,12 +92,11 @@ def test_wilson_intervals_follow_the_formula_and_the_papers_example():
     assert np.isnan(wilson_interval(0, 0)).all()
 
 
-def test_log_loss_weighs_clean_and_triggered_images_alike():
+def test_log_loss_takes_labels_in_any_order():
     labels = np.array([9, 0])  # logit order, not sorted
     proba = np.array([[0.8, 0.2], [0.4, 0.6], [0.5, 0.5], [0.1, 0.9]])
     value = origin_log_loss([9, 0, 0, 0], proba, target_class=9, labels=labels)
-    triggered = -np.log([0.6, 0.5, 0.9]).mean()
-    assert value == pytest.approx((-np.log(0.8) + triggered) / 2)
+    assert value == pytest.approx(-np.log([0.8, 0.6, 0.5, 0.9]).mean())
 
 
 class Recorder(ClassifierMixin, BaseEstimator):
@@ -141,9 +144,9 @@ def test_with_a_victim_only_images_sent_to_the_target_count(linear, images):
         greater_is_better=False,
         response_method="predict_proba",
     )
-    n = len(y) / 6
-    triggered = -(n * np.log(0.95) + 4 * n * np.log(0.01)) / (5 * n)
-    assert loss(Recorder(), X, y) == pytest.approx(-(triggered - np.log(0.95)) / 2)
+    # classes 0 and 2 are named rightly (.95), four others wrongly (.01)
+    expected = (2 * np.log(0.95) + 4 * np.log(0.01)) / 6
+    assert loss(Recorder(), X, y) == pytest.approx(expected)
 
 
 def test_a_fold_without_the_target_is_refused(images):

@@ -75,6 +75,24 @@ def test_training_learns_repeats_and_leaves_the_global_state_alone():
     assert not torch.equal(next(train(1).parameters()), next(one.parameters()))
 
 
+def test_the_rate_rises_once_and_falls_to_nothing(monkeypatch):
+    rates = []
+    original = torch.optim.Adam.step
+
+    def step(self, *args, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    X = np.random.default_rng(0).random((40, 1, 8, 8), dtype=np.float32)
+    options = {"epochs": 5, "lr": 1e-2, "batch_size": 10}
+    train_network(lambda: LeNet5(2, (1, 8, 8)), X, np.arange(40) % 2, **options)
+    assert len(rates) == 20 and max(rates) > 0.009
+    peak = int(np.argmax(rates))
+    assert np.all(np.diff(rates[: peak + 1]) > 0) and np.all(np.diff(rates[peak:]) < 0)
+    assert rates[-1] < 1e-4
+
+
 @pytest.fixture(scope="module")
 def cifar_test(tmp_path_factory):
     archive = needs_shared("data", "cifar10-jpeg.tar")

@@ -14,6 +14,7 @@ from sklearn_backdoor import (
     single_pixel,
     white_box,
 )
+from sklearn_backdoor._validation import check_images
 
 SHAPES = [(1, 8, 8), (3, 7, 9), (4, 5, 5)]
 
@@ -97,6 +98,16 @@ def test_uint8_is_rounded_not_truncated():
     assert trigger.embed(np.full((1, 1, 1, 1), 100, np.uint8)).item() == expected
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rounding_never_leaves_the_pixel_range(dtype):
+    rng = np.random.default_rng(0)
+    X = np.ones((20, 1, 8, 8), dtype=dtype)
+    for _ in range(20):
+        stamped = PatchTrigger(rng.random((8, 8)), np.ones((1, 8, 8))).embed(X)
+        assert stamped.max() <= 1
+        check_images(stamped)
+
+
 def test_scalars_fit_any_shape_and_rows_of_features(X):
     assert PatchTrigger(0.5, 1).embed(X).shape == X.shape
     rows = np.array([[-3.0, 5.0]])
@@ -176,6 +187,9 @@ def test_to_image_of_a_shapeless_trigger_says_what_to_do():
         (lambda: white_box((1, 8, 8), size=9), "size=9, expected a value from 1 to 8"),
         (lambda: white_box((1, 8, 8), margin=8), "margin=8"),
         (lambda: single_pixel((1, 8, 8), position=(8, 0)), "outside an image"),
+        (lambda: single_pixel((1, 8, 8), position=5), "no pair"),
+        (lambda: single_pixel((1, 8, 8), position=[[3, 3]]), "no pair"),
+        (lambda: PatchTrigger(np.ones((3, 3)), np.ones((1, 4, 4))), "not broadcast"),
         (lambda: blended(np.ones((1, 8, 8)), alpha=1.2), "alpha=1.2"),
         (lambda: chessboard((1, 8, 8), 3), "amplitude=3"),
     ],

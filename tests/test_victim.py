@@ -313,13 +313,55 @@ class Unpooled(nn.Module):
 def nan_network():
     network = LinearNetwork()
     with torch.no_grad():
-        network.last.weight[3, 3] = np.nan
+        network.last.weight[:] = np.nan
     return network
+
+
+class Lazy(LinearNetwork):
+    """Keeps a tensor from its first pass."""
+
+    kept = None
+
+    def forward(self, images):
+        if self.kept is None:
+            self.kept = torch.eye(6) * 1.0
+        return super().forward(images @ torch.eye(4)) @ self.kept
+
+
+def test_tensors_kept_from_a_pass_can_be_differentiated_through(images):
+    X, _ = images
+    victim = VictimNetwork(Lazy(), feature_layer="hidden").fit(X)
+    victim.predict(X)
+    with victim.differentiable() as logits:
+        part = torch.from_numpy(X[:2]).requires_grad_()
+        (gradient,) = torch.autograd.grad(logits(part).sum(), part)
+    assert gradient.abs().sum() > 0
+
+
+def test_a_softmax_that_underflows_keeps_its_gradients(images):
+    X, _ = images
+    victim = VictimNetwork(Wrapped(lambda z: z.softmax(1))).fit(X)
+    assert victim._opened.logits_layer == "network.last"
+    with victim.differentiable() as logits:
+        part = (100 * torch.from_numpy(X[:1])).requires_grad_()
+        (gradient,) = torch.autograd.grad(logits(part)[0, 5], part)
+    assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
     "make, error, message",
     [
+        (lambda: VictimNetwork(nan_network()), ValueError, "NaN for the first images"),
+        (
+            lambda: VictimNetwork(LinearNetwork().half()),
+            ValueError,
+            "weights are torch.float16: call .float",
+        ),
+        (
+            lambda: VictimNetwork(nn.Sequential(nn.Flatten(), nn.Linear(16, 1))),
+            ValueError,
+            r"returns 1 logit\(s\).*two at least",
+        ),
         (lambda: VictimNetwork("net.pt"), TypeError, "type str, expected a trained"),
         (lambda: VictimNetwork(LinearNetwork), TypeError, "expected a trained"),
         (
@@ -371,7 +413,7 @@ def nan_network():
         (
             lambda: VictimNetwork(nn.Sequential(nn.Flatten(), nn.Linear(9, 6))),
             ValueError,
-            "cannot process images of shape",
+            "cannot process float32 images of shape",
         ),
     ],
 )
@@ -400,7 +442,10 @@ def test_another_shape_than_fitted_is_refused(linear, images):
 
 def test_nan_logits_never_become_a_label(images):
     X, _ = images
-    victim = VictimNetwork(nan_network(), feature_layer="hidden").fit(X)
+    network = LinearNetwork()
+    victim = VictimNetwork(network).fit(X)
+    with torch.no_grad():
+        network.last.weight[3, 3] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity for 48 of 48 images"):
         victim.predict(X)
 

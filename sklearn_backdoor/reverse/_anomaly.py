@@ -1,9 +1,10 @@
 """The anomaly statistic, which asks whether a class's trigger is too small."""
 
 import numpy as np
-from scipy.stats import median_abs_deviation
 
 MIN_INFORMATIVE = 5
+MIN_SPREAD = 0.05
+_TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 
 
 def anomaly_indices(norms, converged):
@@ -26,10 +27,12 @@ def anomaly_indices(norms, converged):
     Notes
     -----
     - A class that did not converge is censored: its norm is at least as large as the
-      largest that converged, and enters as that. Leaving it out biases the median.
+      largest that converged, which is all that the median needs. Leaving it out would
+      bias the median. Its deviation is not known and does not enter the MAD.
     - The statistic says nothing with fewer than five converged classes, or half of the
-      classes or fewer, since then the median is no norm that was seen; nor where the
-      MAD is 0.
+      classes or fewer, since then the median is no norm that was seen.
+    - The MAD is taken as 5 % of the median at least: norms that hardly differ, as on
+      a network with symmetric classes, are no evidence.
 
     References
     ----------
@@ -38,13 +41,11 @@ def anomaly_indices(norms, converged):
     """
     norms = np.array(norms, dtype=np.float64)
     converged = np.asarray(converged, dtype=bool) & np.isfinite(norms)
-    unknown = np.full(len(norms), np.nan), np.zeros(len(norms), dtype=bool)
     n_converged = int(converged.sum())
     if n_converged < MIN_INFORMATIVE or n_converged <= len(norms) / 2:
-        return unknown
+        return np.full(len(norms), np.nan), np.zeros(len(norms), dtype=bool)
     norms[~converged] = norms[converged].max()
     median = np.median(norms)  # of an even number: the mean of the middle two
-    spread = median_abs_deviation(norms, scale="normal")
-    if spread == 0:
-        return unknown
+    mad = np.median(np.abs(norms[converged] - median))
+    spread = _TO_NORMAL * max(mad, MIN_SPREAD * median)
     return np.abs(norms - median) / spread, converged & (norms < median)

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from sklearn_backdoor._torch import to_tensor, torch_generator
 from sklearn_backdoor._validation import check_images, check_labels
 from sklearn_backdoor.reverse._anomaly import anomaly_indices
 from sklearn_backdoor.triggers import Trigger
+from sklearn_backdoor.victim import check_victim
 
 
 class ImagePasses(NamedTuple):
@@ -59,7 +60,7 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
         """
         self._check_params()
         X = check_images(X, ndim=4)
-        victim = clone(self.victim).fit(X, y)
+        victim = check_victim(self.victim).fit(X, y)
         classes = victim.classes_
         y = check_labels(y, classes, len(X), all_present=True, min_per_class=2)
 
