@@ -113,7 +113,9 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         """
         X = check_images(X, ndim=4)
         victim = check_victim(self.victim).fit(X, y)
-        y = check_labels(y, victim.classes_, len(X), all_present=True, min_per_class=2)
+        fewest = 3 if self.classifier is None else 2  # the discriminant step needs 3
+        check_labels(y, victim.classes_, len(X), all_present=True, min_per_class=fewest)
+        y = np.asarray(y)
         engineer, verdict, triggers = self._find_triggers(X, y, victim.classes_)
         classifiers = {
             target: self._fit_classifier(victim, X, y, trigger, target)

@@ -268,8 +268,13 @@ def every_nth(X, y, n):
     [
         (make_guard(), lambda X, y: (X[y != 4], y[y != 4]), "too few of 4: 0"),
         (make_guard(), lambda X, y: (X[y != 2], y[y != 2]), "too few of 2: 0"),
-        (make_guard(), lambda X, y: every_nth(X, y, 1), "at least 2 clean"),
-        (make_guard(), lambda X, y: every_nth(X, y, 2), "at least three different"),
+        (make_guard(), lambda X, y: every_nth(X, y, 1), "at least 3 clean"),
+        (make_guard(), lambda X, y: every_nth(X, y, 2), "at least 3 clean"),
+        (
+            make_guard(default_classifier()),
+            lambda X, y: every_nth(X, y, 2),
+            "at least three different",
+        ),
         (
             make_guard(),
             lambda X, y: (np.eye(16)[y].reshape(-1, 1, 4, 4), y),
