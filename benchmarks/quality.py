@@ -246,7 +246,7 @@ def settings(dataset, data_dir, n_seeds, victims, memory):
         table.columns = [column.removeprefix(prefix) for column in table]
         for fold in range(N_FOLDS):
             scores = search.cv_results_[f"split{fold}_test_score"]
-            tables.append(table.assign(fold=(seed, fold), log_loss=-scores))
+            tables.append(table.assign(fold=f"{seed}-{fold}", log_loss=-scores))
         print(f"{dataset}, seed {seed}: {search.best_params_}", flush=True)
     folds = pd.concat(tables).pivot_table("log_loss", "fold", list(GRID))
     ranking = pd.DataFrame({"log_loss": folds.mean()})

@@ -75,6 +75,21 @@ def test_quality_trains_once_measures_and_appends(small, tmp_path):
     assert recipe["seed"] == 0 and not network.training
 
 
+def test_settings_are_ranked_beside_the_start(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        quality,
+        "GRID",
+        {"covariance_type": ["diag"], "n_components": [1, 2], "reg_covar": [1.0]},
+    )
+    monkeypatch.setattr(quality, "N_FOLDS", 2)
+    options = ["settings", "--dataset", "mnist", "--seeds", "1"]
+    done = CliRunner().invoke(main, [*options, "--victims", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    rows = [line.split() for line in done.output.splitlines()]
+    start = next(row for row in rows if row[-5:-3] == ["2", "1.0"])
+    assert start[-2:] == ["0.0000", "0.0000"]  # the difference from itself
+
+
 def test_medians_take_functions_in_turn_and_leave_out_the_first_round():
     calls = []
     found = medians(lambda: calls.append("a"), lambda: calls.append("b"), n_repeats=3)
