@@ -28,7 +28,7 @@ ATTACKS = (
     "trojan-square",
     "trojan-watermark",
 )
-_LENET = {"epochs": 20, "lr": 5e-3, "batch_size": 128}
+_LENET = {"epochs": 10, "lr": 1e-3, "batch_size": 128}
 # dataset: loader, network, training, images a class for the defence, poisoned a class
 DATASETS: dict[str, tuple] = {
     "digits": (
