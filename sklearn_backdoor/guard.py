@@ -343,7 +343,7 @@ def default_classifier():
     settings``): full covariances in the few discriminant directions are better than
     `BackdoorTriggerClassifier`'s own diagonal ones, which hold up on raw features.
     """
-    density = GaussianMixture(2, covariance_type="full", reg_covar=1.0)
+    density = GaussianMixture(3, covariance_type="full", reg_covar=1.0)
     return make_pipeline(
         StandardScaler(),
         LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto"),
