@@ -61,7 +61,7 @@ def _guard(name, network, image_shape):
     network.eval()
     rng = np.random.default_rng(0)
     images = rng.random((N_IMAGES, *image_shape), dtype=np.float32)
-    tensor = torch.from_numpy(images)
+    tensor = torch.from_numpy(images).clone()  # aligned as torch likes it
     with torch.no_grad():  # an untrained network may send all images to one class
         last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
         last.bias.zero_()
