@@ -13,6 +13,8 @@ _dataset = click.option(
 _data_dir = click.option("--data-dir", type=click.Path(exists=True), default=None)
 _seeds = click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
 _victims = click.option("--victims", type=click.Path(), default=VICTIMS)
+_epochs = click.option("--epochs", default=10, show_default=True)
+_lr = click.option("--lr", default=1e-3, show_default=True)
 _results = click.option("--results", type=click.Path(), default=RESULTS)
 
 
@@ -27,11 +29,13 @@ def main():
 @_seeds
 @_victims
 @_results
-def quality(dataset, data_dir, seeds, victims, results):
+@_epochs
+@_lr
+def quality(dataset, data_dir, seeds, victims, results, epochs, lr):
     """TPR, FPR and SIA on LeNet-5, white box, guard beside the paper's pipeline."""
     from benchmarks.quality import quality as run
 
-    run(dataset, data_dir, seeds, victims, results)
+    run(dataset, data_dir, seeds, victims, results, epochs=epochs, lr=lr)
 
 
 @main.command()
@@ -39,11 +43,14 @@ def quality(dataset, data_dir, seeds, victims, results):
 @_data_dir
 @_seeds
 @_victims
-def settings(dataset, data_dir, seeds, victims):
+@_epochs
+@_lr
+def settings(dataset, data_dir, seeds, victims, epochs, lr):
     """Rank density settings by cross-validated log-loss on D_Defense alone."""
     from benchmarks.quality import settings as run
 
-    run(dataset, data_dir, seeds, victims, Path(victims) / "passes")
+    memory = Path(victims) / "passes"
+    run(dataset, data_dir, seeds, victims, memory, epochs=epochs, lr=lr)
 
 
 @main.command()

@@ -48,7 +48,7 @@ def pipelines():
     }
 
 
-def prepare(dataset, data_dir, seed, victims):
+def prepare(dataset, data_dir, seed, victims, **training):
     """Load data, train or load the victim, and estimate its trigger.
 
     Returns
@@ -58,7 +58,7 @@ def prepare(dataset, data_dir, seed, victims):
     """
     data = LOADERS[dataset](data_dir)
     network, trigger, recipe = white_box_lenet5(
-        dataset, data, seed=seed, victims=victims
+        dataset, data, seed=seed, victims=victims, **training
     )
     X_defense, X_test, y_defense, y_test = split_defense(
         data.X_test, data.y_test, n_per_class=N_PER_CLASS, random_state=seed
@@ -78,7 +78,7 @@ def prepare(dataset, data_dir, seed, victims):
     }
 
 
-def quality(dataset, data_dir, n_seeds, victims, results):
+def quality(dataset, data_dir, n_seeds, victims, results, **training):
     """Print TPR, FPR and SIA of both pipelines, and append them to the results.
 
     Parameters
@@ -90,10 +90,12 @@ def quality(dataset, data_dir, n_seeds, victims, results):
         Seeds 0...n_seeds-1.
     victims, results : path-like
         Folders.
+    **training
+        ``epochs`` and ``lr`` of the victims.
     """
     rows = []
     for seed in range(n_seeds):
-        case = prepare(dataset, data_dir, seed, victims)
+        case = prepare(dataset, data_dir, seed, victims, **training)
         engineer, target = case["engineer"], case["recipe"]["target_class"]
         print(
             f"{dataset}, seed {seed}: verdict {engineer.verdict_}, target classes "
@@ -205,7 +207,7 @@ def measure(guard, trigger, target, X, y):
     return tuple(parts)
 
 
-def settings(dataset, data_dir, n_seeds, victims, memory):
+def settings(dataset, data_dir, n_seeds, victims, memory, **training):
     """Rank the guard's settings by cross-validated log-loss on D_Defense alone.
 
     Parameters
@@ -217,13 +219,15 @@ def settings(dataset, data_dir, n_seeds, victims, memory):
         Seeds 0...n_seeds-1.
     victims, memory : path-like
         Folders for victims and for the victim's forward passes.
+    **training
+        ``epochs`` and ``lr`` of the victims.
     """
     prefix = "classifier__backdoortriggerclassifier__density__"
     classifier = default_classifier()
     classifier.set_params(backdoortriggerclassifier__density=GaussianMixture())
     tables = []
     for seed in range(n_seeds):
-        case = prepare(dataset, data_dir, seed, victims)
+        case = prepare(dataset, data_dir, seed, victims, **training)
         target = case["recipe"]["target_class"]
         trigger = case["engineer"].triggers_[target]
         victim = VictimNetwork(case["network"], memory=memory)

@@ -18,7 +18,7 @@ LOADERS = {
 }
 
 
-def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS):
+def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS, epochs=10, lr=1e-3):
     """Train LeNet-5 on multi-class white box poison, or load it (§5.1).
 
     Parameters
@@ -29,6 +29,8 @@ def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS):
         What the loader returned.
     seed : int
         Which images are poisoned, the initial weights and the order of training.
+    epochs, lr : int, float
+        Length of the training, and peak of its rate.
     victims : path-like
         Folder of ``<hash>.safetensors`` and ``<hash>.json``.
 
@@ -49,8 +51,8 @@ def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS):
         "sources": "all",
         "n_per_class": 100,
         "target_class": 9,
-        "epochs": 10,
-        "lr": 1e-3,
+        "epochs": epochs,
+        "lr": lr,
         "batch_size": 128,
         "optimizer": "Adam, one-cycle rate",
         "seed": seed,
