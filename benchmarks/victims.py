@@ -1,13 +1,22 @@
-"""Poisoned networks to measure on, trained once and kept by a hash of their recipe."""
+"""Poisoned and clean networks to measure on, kept by a hash of their recipe."""
 
 import hashlib
 import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from sklearn_backdoor import datasets, poison, white_box
+from sklearn_backdoor import (
+    blended,
+    chessboard,
+    datasets,
+    poison,
+    single_pixel,
+    white_box,
+)
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 
@@ -16,6 +25,29 @@ LOADERS = {
     "fashion-mnist": datasets.load_fashion_mnist,
     "mnist": datasets.load_mnist,
 }
+ATTACKS = ("white-box", "single-pixel", "chessboard", "blended")
+_OPTIMIZER = "Adam, one-cycle rate"
+
+
+class BatchNormNetwork(nn.Module):
+    """Three convolutions with batch-norm, then the mean over height and width."""
+
+    def __init__(self, n_classes=10):
+        super().__init__()
+        layers: list = []
+        for channels, filters in ((1, 8), (8, 16), (16, 32)):
+            layers += [
+                nn.Conv2d(channels, filters, 3, padding=1, bias=False),
+                nn.BatchNorm2d(filters),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        self.features = nn.Sequential(*layers[:-1])
+        self.last = nn.Linear(32, n_classes)
+
+    def forward(self, images):
+        """Return logits of shape (n_samples, n_classes)."""
+        return self.last(self.features(2 * images - 1).mean(dim=(2, 3)))
 
 
 def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS, epochs=10, lr=1e-3):
@@ -54,37 +86,149 @@ def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS, epochs=10, lr=1e-3
         "epochs": epochs,
         "lr": lr,
         "batch_size": 128,
-        "optimizer": "Adam, one-cycle rate",
+        "optimizer": _OPTIMIZER,
         "seed": seed,
     }
-    trigger = white_box((1, 28, 28))
+    return *make_victim(recipe, data, victims), recipe
+
+
+def population(seeds):
+    """List the recipes of small victims: every kind of attack, and clean ones.
+
+    Parameters
+    ----------
+    seeds : int
+        For each: 48 poisoned victims (three data sets, two networks, four attacks, one
+        or all source classes) and 24 clean ones.
+
+    Returns
+    -------
+    list of dict
+        What `make_victim` takes; targets and single source classes are drawn.
+    """
+    recipes = []
+    for seed in range(seeds):
+        rng = np.random.RandomState(seed)
+        for network in ("lenet5", "batch-norm"):
+            for dataset in ("mnist", "fashion-mnist", "digits"):
+                for attack in ATTACKS:
+                    for single in (False, True):
+                        target, source = rng.choice(10, 2, replace=False).tolist()
+                        sources = [source] if single else "all"
+                        recipes.append(
+                            _small(dataset, network, seed, attack, sources, target)
+                        )
+                recipes += [
+                    _small(dataset, network, 4 * seed + number, None, None, None)
+                    for number in range(4)
+                ]
+    return recipes
+
+
+def _small(dataset, network, seed, attack, sources, target):
+    digits = dataset == "digits"
+    n_per_class: float | int | None = None
+    if attack is not None:  # a tenth of all classes, or half of one
+        single = sources != "all"
+        n_per_class = (0.5 if single else 0.1) if digits else (500 if single else 100)
+    return {
+        "version": 2,
+        "dataset": dataset,
+        "image_size": 28,
+        "n_train": None if digits else 10_000,
+        "network": network,
+        "attack": attack,
+        "sources": sources,
+        "n_per_class": n_per_class,
+        "target_class": target,
+        "epochs": 60 if digits else 10,
+        "lr": 5e-3,
+        "batch_size": 32 if digits else 64,
+        "optimizer": _OPTIMIZER,
+        "seed": seed,
+    }
+
+
+def make_trigger(attack, image_shape, seed):
+    """Make an attack's true trigger.
+
+    Parameters
+    ----------
+    attack : str
+        One of ``ATTACKS``.
+    image_shape : tuple (n_channels, height, width)
+    seed : int
+        Of the blended image, which is noise.
+
+    Returns
+    -------
+    Trigger
+    """
+    if attack == "chessboard":
+        return chessboard(image_shape, 0.15)  # LeNet-5 does not learn 3/255
+    if attack == "blended":
+        return blended(np.random.RandomState(seed).uniform(size=image_shape))
+    return {"white-box": white_box, "single-pixel": single_pixel}[attack](image_shape)
+
+
+def make_victim(recipe, data, victims=VICTIMS):
+    """Train the network of a recipe, or load it.
+
+    Parameters
+    ----------
+    recipe : dict
+        As of `population`.
+    data : Bunch
+        The recipe's data set.
+    victims : path-like
+        Folder of ``<hash>.safetensors`` and ``<hash>.json``.
+
+    Returns
+    -------
+    network : torch.nn.Module
+        In evaluation mode.
+    trigger : Trigger or None
+        The true one; None for a clean victim.
+    """
+    image_shape = data.X_train.shape[1:]
+    attack, seed = recipe["attack"], recipe["seed"]
+    trigger = None if attack is None else make_trigger(attack, image_shape, seed)
+    factory = {
+        "lenet5": partial(LeNet5, n_classes=10, image_shape=image_shape),
+        "batch-norm": BatchNormNetwork,
+    }[recipe["network"]]
     text = json.dumps(recipe, sort_keys=True)
-    path = (
-        Path(victims) / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
-    )
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(victims) / f"{name}.safetensors"
     if path.exists():
-        network = LeNet5()
+        network = factory()
         network.load_state_dict(load_file(path))
-        return network.eval(), trigger, recipe
-    poisoned = poison(
-        data.X_train,
-        data.y_train,
-        trigger,
-        target_class=recipe["target_class"],
-        n_per_class=recipe["n_per_class"],
-        random_state=seed,
-    )
+        return network.eval(), trigger
+    n_train = recipe.get("n_train")
+    X, y = data.X_train[:n_train], data.y_train[:n_train]
+    if trigger is not None:
+        poisoned = poison(
+            X,
+            y,
+            trigger,
+            target_class=recipe["target_class"],
+            source_classes=recipe["sources"],
+            n_per_class=recipe["n_per_class"],
+            random_state=seed,
+        )
+        X, y = poisoned.X, poisoned.y
     network = train_network(
-        partial(LeNet5, n_classes=10),
-        poisoned.X,
-        poisoned.y,
+        factory,
+        X,
+        y,
         epochs=recipe["epochs"],
         lr=recipe["lr"],
         batch_size=recipe["batch_size"],
         random_state=seed,
-        on_epoch=lambda epoch, loss: print(f"  epoch {epoch}: {loss:.4f}", flush=True),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), path)
+    part = path.with_suffix(".part")
+    save_file(network.state_dict(), part)
+    part.replace(path)
     path.with_suffix(".json").write_text(text)
-    return network, trigger, recipe
+    return network, trigger

@@ -224,8 +224,14 @@ class VictimNetwork(
         return self.classes_[logits.argmax(axis=1)], features.astype(np.float64)
 
     @contextmanager
-    def differentiable(self):
+    def differentiable(self, *, bfloat16=False):
         """Open the network for gradients with respect to its input.
+
+        Parameters
+        ----------
+        bfloat16 : bool, default=False
+            Compute in bfloat16 where torch does so by itself (autocast); the logits
+            are float32.
 
         Yields
         ------
@@ -234,8 +240,19 @@ class VictimNetwork(
             gradients with ``torch.autograd.grad``, which leaves the weights' alone.
         """
         check_is_fitted(self)
+        kind = self.device_.type
+
+        def logits(images):
+            with torch.autocast(kind, torch.bfloat16, enabled=bfloat16):
+                return self._opened(images)[0].float()
+
         with evaluation_mode(self._opened.network), torch.enable_grad():
-            yield lambda images: self._opened(images)[0]
+            yield logits
+
+    @property
+    def network_(self):
+        """The torch.nn.Module itself."""
+        return self._opened.network
 
     @property
     def device_(self):

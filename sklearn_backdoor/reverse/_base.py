@@ -1,43 +1,42 @@
-"""What all reverse engineers share: validation, the loop over classes, the verdict."""
+"""What all reverse engineers share: validation, the tasks, the verdict."""
 
+import warnings
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from joblib import Parallel, delayed, effective_n_jobs
+from joblib import hash as joblib_hash
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from sklearn_backdoor._torch import to_tensor, torch_generator
+from sklearn_backdoor._fingerprint import fingerprint
+from sklearn_backdoor._torch import to_tensor
 from sklearn_backdoor._validation import check_images, check_labels
-from sklearn_backdoor.reverse._anomaly import anomaly_indices
-from sklearn_backdoor.triggers import Trigger
+from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values
+from sklearn_backdoor.reverse._checkpoint import CheckpointFolder
+from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult, Task
 from sklearn_backdoor.victim import check_victim
 
-
-class ImagePasses(NamedTuple):
-    """Images that went through the network, forward and backward."""
-
-    forward: int
-    backward: int
-
-
-class SearchResult(NamedTuple):
-    """What the search for one candidate target class found."""
-
-    trigger: Trigger
-    norm: float
-    success_rate: float
-    converged: bool
-    passes: ImagePasses
+_GROUP = 5  # tasks in one batch: fixed, so that n_jobs changes no result
+_FEW = 5  # images a class
+_BFLOAT16_PARITY = 0.98
+_BIG = 1_000_000  # parameters; bfloat16 does not pay below
 
 
 class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
     """Search a trigger for each class, then ask which is abnormally small.
 
-    A subclass implements ``_search_class``.
+    A subclass implements ``_open_search`` and ``_flag``, and may change the methods
+    between them.
     """
+
+    _null = "log-normal"  # distribution of norms, for the p-values
 
     def fit(self, X, y):
         """Search a trigger for each candidate target class and reach a verdict.
@@ -56,57 +55,89 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
         Raises
         ------
         TypeError, ValueError
-            If images, labels, victim or settings do not fit each other.
+            If images, labels, victim or settings do not fit each other, if the victim
+            answers one class for everything, or if ``checkpoint_dir`` belongs to
+            another search.
         """
-        self._check_params()
-        X = check_images(X, ndim=4)
-        victim = check_victim(self.victim).fit(X, y)
-        classes = victim.classes_
-        y = check_labels(y, classes, len(X), all_present=True, min_per_class=2)
-
-        # images of the candidate itself prove nothing and are left out
-        seeds = check_random_state(self.random_state).randint(
-            2**31 - 1, size=len(classes)
-        )
-        results = []
-        with (
-            victim.differentiable() as logits,
-            tqdm(total=len(classes), disable=None if self.verbose else True) as bar,
-        ):
-            for index, label in enumerate(classes):
-                bar.set_description(f"{type(self).__name__}, class {label}")
-                images = to_tensor(X[y != label], victim.device_)
-                generator = torch_generator(int(seeds[index]))
-                result = self._search_class(logits, images, index, generator, bar)
-                results.append(result)
-                bar.set_postfix(success=result.success_rate, norm=result.norm)
-                bar.update()
-
-        self.image_shape_ = X.shape[1:]
-        self.victim_ = victim
-        self.classes_ = classes
-        self._conclude(results)
+        run = Run(self, self._prepare(X, y))
+        results = self._search(run)
+        self._conclude(run, results)
+        self._finish(run, results)
+        self.n_image_passes_ = run.passes
         return self
 
-    def _conclude(self, results):
-        triggers, norms, rates, converged, passes = zip(*results, strict=True)
-        self.triggers_ = list(triggers)
-        self.norms_ = np.array(norms)
-        self.success_rates_ = np.array(rates)
-        self.converged_ = np.array(converged)
-        self.n_image_passes_ = ImagePasses(*map(sum, zip(*passes, strict=True)))
-        self.anomaly_indices_, below = anomaly_indices(self.norms_, self.converged_)
-        flagged = np.flatnonzero(below & (self.anomaly_indices_ > self.threshold))
-        flagged = flagged[np.argsort(-self.anomaly_indices_[flagged], kind="stable")]
+    def _prepare(self, X, y):
+        """Check settings, images, labels and victim against each other."""
+        self._check_params()
+        X = check_images(X, ndim=4)
+        victim = self._open_victim(X, y)
+        classes = victim.classes_
+        y = check_labels(y, classes, len(X), all_present=True, min_per_class=2)
+        _warn_of_few(y)
+        order = np.argsort(classes)  # logit order may differ from sorted
+        y = order[np.searchsorted(classes[order], y)]
+        n_forward = _check_answers(victim, X, y)
+        bfloat16, n_more = self._choose_precision(victim, X)
+        return Prepared(victim, X, y, bfloat16, ImagePasses(n_forward + n_more, 0))
+
+    def _open_victim(self, X, y):
+        return check_victim(self.victim).fit(X, y)
+
+    def _choose_precision(self, victim, X):
+        """Return whether to use bfloat16, and the forward passes that this took."""
+        return _bfloat16_holds(victim, X)
+
+    def _search(self, run):
+        """Search every class; return a SearchResult a class."""
+        n_classes = len(run.victim.classes_)
+        return run(self._grouped([Task(target) for target in range(n_classes)]))
+
+    def _grouped(self, tasks):
+        """Split tasks into those that share a batch."""
+        return [tasks[i : i + _GROUP] for i in range(0, len(tasks), _GROUP)]
+
+    def _conclude(self, run, results):
+        self.image_shape_ = run.X.shape[1:]
+        self.victim_ = run.victim
+        self.classes_ = run.victim.classes_
+        self.triggers_ = [result.trigger for result in results]
+        self.norms_ = np.array([result.norm for result in results])
+        self.success_rates_ = np.array([result.success_rate for result in results])
+        self.converged_ = np.array([result.converged for result in results])
+        self.reasons_ = [result.reason for result in results]
+        judged = np.array([result.judged for result in results])
+        self.anomaly_indices_ = np.full(len(results), np.nan)
+        self.anomaly_indices_[judged], _ = anomaly_indices(
+            self.norms_[judged], self.converged_[judged]
+        )
+        self.p_values_ = self._p_values(results, judged)
+        self._set_verdict(self._flag())
+
+    def _p_values(self, results, judged):
+        reference = np.array([result.reference for result in results])
+        p = np.full(len(results), np.nan)
+        p[judged] = p_values(
+            self.norms_[judged],
+            self.converged_[judged],
+            null=self._null,
+            n_candidates=len(results),
+            reference=reference[judged],
+        )
+        return p
+
+    def _set_verdict(self, flagged):
         self.target_classes_ = self.classes_[flagged]
         if len(flagged):
             self.verdict_ = "backdoored"
-        elif np.isnan(self.anomaly_indices_).all():
+        elif np.isnan(self.p_values_).all():
             self.verdict_ = "inconclusive"
         else:
             self.verdict_ = "nothing found"
         self.target_class_ = self.classes_[flagged[0]] if len(flagged) else None
         self.trigger_ = self.triggers_[flagged[0]] if len(flagged) else None
+
+    def _finish(self, run, results):
+        """Do what is to be done for the classes flagged."""
 
     def transform(self, X):
         """Embed ``trigger_`` into every image.
@@ -134,33 +165,229 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
             )
         return self.trigger_.embed(X)
 
+    @contextmanager
+    def _oracle(self, victim, bfloat16):
+        """Open the network; yield a function from images to scores."""
+        with victim.differentiable(bfloat16=bfloat16) as logits:
+            yield logits
+
+    @abstractmethod
     def _check_params(self):
         """Validate the settings of the search."""
 
     @abstractmethod
-    def _search_class(self, logits, images, target, generator, bar):
-        """Search a trigger that sends images to one class.
+    def _open_search(self, problem, tasks, generators, stage, **options):
+        """Return the Search for some tasks at a stage of the schedule."""
 
-        Parameters
-        ----------
-        logits : callable
-            From images (tensor) to logits, differentiable.
-        images : torch.Tensor of shape (n_samples, n_channels, height, width)
-            Clean, float32 in 0...1, none of the target class.
-        target : int
-            Index of the candidate target class.
-        generator : torch.Generator
-            All randomness of this class's search.
-        bar : tqdm
-            For progress.
-
-        Returns
-        -------
-        SearchResult
-        """
+    @abstractmethod
+    def _flag(self):
+        """Return the positions of the target classes, the most anomalous first."""
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         tags.target_tags.required = True
         return tags
+
+
+class Prepared(NamedTuple):
+    """Victim, images and class indices that fit each other, and what that took."""
+
+    victim: Any
+    X: np.ndarray
+    y: np.ndarray
+    bfloat16: bool
+    passes: ImagePasses
+
+
+class Run:
+    """One fit: runs groups of tasks, in processes and with checkpoints if asked.
+
+    Parameters
+    ----------
+    engineer : reverse engineer
+    prepared : Prepared
+    """
+
+    def __init__(self, engineer, prepared):
+        self.engineer = engineer
+        self.victim, self.X, self.y, self.bfloat16, self.passes = prepared
+        victim = self.victim
+        n_classes = len(victim.classes_)
+        random_state = check_random_state(engineer.random_state)
+        self.seeds = random_state.randint(2**31 - 1, size=n_classes).tolist()
+        self.folder = None
+        if engineer.checkpoint_dir is not None:
+            self.folder = CheckpointFolder(engineer.checkpoint_dir, self._identity())
+
+    def _identity(self):
+        skipped = ("victim", "n_jobs", "verbose", "checkpoint_dir", "random_state")
+        settings = {
+            name: value
+            for name, value in self.engineer.get_params(deep=False).items()
+            if name not in skipped
+        }
+        net = getattr(self.victim, "network_", self.victim)
+        return {
+            "engineer": type(self.engineer).__name__,
+            **settings,
+            "seeds": self.seeds,
+            "victim": fingerprint(net) if isinstance(net, torch.nn.Module) else joblib_hash(net),
+            "classes": [str(label) for label in self.victim.classes_],
+            "images": joblib_hash(np.ascontiguousarray(self.X)),
+            "labels": joblib_hash(self.y),
+            "bfloat16": self.bfloat16,
+            "torch": torch.__version__,
+        }
+
+    def __call__(self, groups, stage="search", **options):
+        """Search all groups; return the results in the order of the tasks.
+
+        ``options`` go to ``_open_search``; those that are dicts by task, for the tasks
+        of the group only.
+        """
+        engineer = self.engineer
+        workers = effective_n_jobs(engineer.n_jobs)
+        name = type(engineer).__name__
+        found: list[SearchResult] = []
+        with tqdm(
+            total=sum(map(len, groups)), disable=None if engineer.verbose else True
+        ) as bar:
+            bar.set_description(f"{name}, {stage}")
+            report = partial(_report, bar) if workers == 1 else None
+            jobs = (
+                delayed(_run_group)(
+                    engineer,
+                    self.victim,
+                    self.X,
+                    self.y,
+                    self.bfloat16,
+                    group,
+                    [self._seed(task) for task in group],
+                    stage,
+                    {
+                        key: [value[task] for task in group]
+                        if isinstance(value, dict)
+                        else value
+                        for key, value in options.items()
+                    },
+                    self.folder,
+                    report,
+                )
+                for group in groups
+            )
+            for group, results in zip(
+                groups,
+                Parallel(n_jobs=engineer.n_jobs, return_as="generator")(jobs),
+                strict=True,
+            ):
+                for task, result in zip(group, results, strict=True):
+                    found.append(result)
+                    self.passes += result.passes
+                    label = self.victim.classes_[task.target]
+                    bar.set_description(f"{name}, {stage}, class {label}")
+                    bar.set_postfix(success=result.success_rate, norm=result.norm)
+                    bar.update()
+        return found
+
+    def _seed(self, task):
+        source = -1 if task.source is None else task.source
+        return np.random.SeedSequence((self.seeds[task.target], source + 1))
+
+
+def _report(bar, search):
+    success, norm = search.progress()
+    bar.set_postfix(step=search.numbers["step"], success=success, norm=norm)
+
+
+def _run_group(
+    engineer, victim, X, y, bfloat16, tasks, seeds, stage, options, folder, report
+):
+    """Search one group of tasks, from its checkpoint where there is one."""
+    sources = ["" if task.source is None else f"{task.source}to" for task in tasks]
+    names = [
+        f"{source}{task.target}" for source, task in zip(sources, tasks, strict=True)
+    ]
+    name = f"{stage}-{names[0]}-{names[-1]}"
+    generators = [
+        torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        for seed in seeds
+    ]
+    with engineer._oracle(victim, bfloat16) as scores:
+        device = getattr(victim, "device_", "cpu")
+        problem = Problem(
+            scores,
+            to_tensor(X, device),
+            torch.from_numpy(y).to(device),
+            len(victim.classes_),
+        )
+        search = engineer._open_search(problem, tasks, generators, stage, **options)
+        kept = folder.load(name) if folder else None
+        if kept is not None:
+            search.unpack(*kept)
+        resumed = kept is not None and search.done
+        while not search.done:
+            search.step()
+            if folder:
+                folder.save(name, search)
+            if report:
+                report(search)
+        if folder and not resumed:
+            folder.save(name, search, now=True)
+        return search.results()
+
+
+def _warn_of_few(y):
+    labels, counts = np.unique(y, return_counts=True)
+    if counts.min() < _FEW:
+        warnings.warn(
+            f"D_Defense has only {counts.min()} image(s) of class "
+            f"{labels[counts.argmin()]}: a trigger that fits so few may be smaller "
+            "than one that works, for clean classes too, so the verdict is less sure. "
+            "Add clean images if you can.",
+            stacklevel=3,
+        )
+
+
+def _check_answers(victim, X, y):
+    """Refuse a victim that cannot be searched; return the forward passes it took."""
+    classes = victim.classes_
+    labels = victim.predict(X)
+    if len(np.unique(labels)) == 1:
+        raise ValueError(
+            f"the victim answers class {labels[0]} for all {len(X)} images of "
+            "D_Defense, so that no trigger can be told from none. Are its weights "
+            "loaded, and is the normalisation that it was trained with inside it?"
+        )
+    accuracy = np.mean(labels == classes[y])
+    if accuracy < min(0.5, 2 / len(classes)):
+        warnings.warn(
+            f"the victim is right on {accuracy:.0%} of D_Defense: the labels, their "
+            "order (VictimNetwork(classes=...)) or the normalisation may be wrong, and "
+            "then the verdict means little.",
+            stacklevel=3,
+        )
+    return len(X)
+
+
+def _bfloat16_holds(victim, X):
+    """Return whether bfloat16 pays and gives the same labels, and the passes taken."""
+    network = victim.network_
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
+    if n_parameters < _BIG or not _has_bfloat16(victim.device_):
+        return False, 0
+    images = to_tensor(X[:: -(-len(X) // 64)], victim.device_)
+    with torch.no_grad():
+        with victim.differentiable() as logits:
+            exact = logits(images).argmax(1)
+        with victim.differentiable(bfloat16=True) as logits:
+            rounded = logits(images)
+    same = (rounded.argmax(1) == exact).float().mean()
+    holds = bool(same >= _BFLOAT16_PARITY) and not rounded.isnan().any()
+    return bool(holds), 2 * len(images)
+
+
+def _has_bfloat16(device):
+    if device.type != "cpu":
+        return False  # not tried on other devices
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

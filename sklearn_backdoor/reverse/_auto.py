@@ -1,0 +1,240 @@
+"""Several searches at once, their verdicts on one scale."""
+
+import os
+
+import numpy as np
+import pandas as pd
+from sklearn.base import clone
+
+from sklearn_backdoor._validation import check_number
+from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
+from sklearn_backdoor.reverse._anomaly import rank_by_p
+from sklearn_backdoor.reverse._base import BaseReverseEngineer, Run
+from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+from sklearn_backdoor.reverse._search import ImagePasses
+
+
+class AutoReverseEngineer(BaseReverseEngineer):
+    """Find target classes and triggers without knowing the trigger's type.
+
+    Runs searches for patches and for additive perturbations, for all source classes and
+    for those learnt, and compares their p-values, corrected for the number of searches.
+
+    Parameters
+    ----------
+    victim : VictimNetwork
+        Cloned; the weights are shared and not altered.
+    engineers : list of (str, reverse engineer), default=None
+        Searches to run; cloned. None takes four: "patch" and "patch, learnt sources"
+        by `NCReverseEngineer`, "additive" and "additive, learnt sources" by
+        `AdditiveReverseEngineer`, all at their fast schedule.
+    alpha : float in 0...1, default=0.05
+        Classes with a corrected p-value below are flagged.
+    n_jobs : int, default=None
+        Groups of classes that are searched at once, through joblib.
+    random_state : int, RandomState instance or None, default=0
+        Of the default searches.
+    verbose : bool, default=False
+        Show a progress bar with class, success rate and norm.
+    checkpoint_dir : path-like, default=None
+        Where the searches are kept while they run, a folder each.
+
+    Attributes
+    ----------
+    report_ : pandas.DataFrame
+        A row a search and class: ``method``, ``class``, ``norm``, ``success_rate``,
+        ``converged``, ``reason``, ``anomaly_index``, ``p_value``, ``p_corrected``,
+        ``flagged``.
+    engineers_ : dict from str to reverse engineer
+        Fitted.
+    methods_ : list of str
+        For each class, the search that its entry in the arrays below is from.
+    classes_, triggers_, norms_, success_rates_, converged_, reasons_, anomaly_indices_
+        As in `NCReverseEngineer`: norms are L1 or L2, as the search has it.
+    p_values_ : ndarray of shape (n_classes,)
+        Corrected: the smallest of a class times the number of searches.
+    target_classes_, target_class_, trigger_, verdict_, n_image_passes_
+        As in `NCReverseEngineer`. With a search inconclusive and nothing flagged by the
+        others, the verdict is inconclusive.
+
+    Notes
+    -----
+    - Of a flagged class the trigger is kept that has the smallest p-value, among those
+      for all source classes if one of these was flagged: a trigger for a few sources
+      would leave the others undefended.
+    - The correction is Bonferroni's; it holds however the searches depend on each
+      other.
+    """
+
+    def __init__(
+        self,
+        victim,
+        *,
+        engineers=None,
+        alpha=0.05,
+        n_jobs=None,
+        random_state=0,
+        verbose=False,
+        checkpoint_dir=None,
+    ):
+        self.victim = victim
+        self.engineers = engineers
+        self.alpha = alpha
+        self.n_jobs = n_jobs
+        self.random_state = random_state
+        self.verbose = verbose
+        self.checkpoint_dir = checkpoint_dir
+
+    def fit(self, X, y):
+        """Run all searches and reach a verdict.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            D_Defense: clean images, ``uint8`` in 0...255 or floating point in 0...1.
+        y : array-like of shape (n_samples,)
+            Their labels; every class of the victim, two images each at least.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `NCReverseEngineer`.
+        """
+        self._check_params()
+        engineers = self._open_engineers()
+        prepared, passes = None, ImagePasses(0, 0)
+        for engineer in engineers.values():
+            shares = type(engineer)._open_victim is BaseReverseEngineer._open_victim
+            if prepared is None or not shares:
+                ready = engineer._prepare(X, y)
+            else:
+                engineer._check_params()
+                ready = prepared._replace(passes=ImagePasses(0, 0))
+            if shares and prepared is None:
+                prepared = ready
+            run = Run(engineer, ready)
+            results = engineer._search(run)
+            engineer._conclude(run, results)
+            corrected = np.minimum(1, engineer.p_values_ * len(engineers))
+            engineer._set_verdict(rank_by_p(corrected, self.alpha))
+            engineer._finish(run, results)
+            engineer.n_image_passes_ = run.passes
+            passes += run.passes
+        self.engineers_ = engineers
+        self.n_image_passes_ = passes
+        self._combine()
+        return self
+
+    def _check_params(self):
+        check_number(self.alpha, "alpha", 0, 1)
+
+    def _open_engineers(self):
+        if self.engineers is None:
+            made = default_engineers(self.victim)
+            made = [
+                (name, engineer.set_params(random_state=self.random_state))
+                for name, engineer in made
+            ]
+        else:
+            made = [(name, clone(engineer)) for name, engineer in self.engineers]
+        opened = dict(made)
+        if not made or len(opened) < len(made):
+            raise ValueError(
+                f"engineers has the names {[name for name, _ in made]}, expected at "
+                "least one, all different."
+            )
+        for name, engineer in made:
+            if not isinstance(engineer, BaseReverseEngineer) or isinstance(
+                engineer, AutoReverseEngineer
+            ):
+                raise TypeError(
+                    f"engineers holds a {type(engineer).__name__} as {name!r}, expected "
+                    "reverse engineers such as NCReverseEngineer(victim)."
+                )
+            engineer.set_params(n_jobs=self.n_jobs, verbose=self.verbose)
+            if self.checkpoint_dir is not None:
+                part = "".join(c if c.isalnum() else "-" for c in name)
+                folder = os.path.join(os.fspath(self.checkpoint_dir), part)
+                engineer.set_params(checkpoint_dir=folder)
+        return opened
+
+    def _combine(self):
+        engineers = list(self.engineers_.values())
+        names = list(self.engineers_)
+        first = engineers[0]
+        self.classes_, self.victim_ = first.classes_, first.victim_
+        self.image_shape_ = first.image_shape_
+        p = np.array([engineer.p_values_ for engineer in engineers])
+        p = np.minimum(1, p * len(engineers))
+        filled = np.nan_to_num(p, nan=1.0)
+        flagged = filled < self.alpha
+        preferred = np.array(
+            [getattr(one, "sources", "all") == "all" for one in engineers]
+        )[:, None]
+        preferred = flagged & preferred
+        ranked = np.where(preferred.any(axis=0) & ~preferred, 2.0, filled)
+        chosen = ranked.argmin(axis=0)
+        self.methods_ = [names[number] for number in chosen]
+        for name in ("triggers_", "reasons_"):
+            parts = [getattr(engineer, name) for engineer in engineers]
+            setattr(self, name, [parts[k][t] for t, k in enumerate(chosen)])
+        for name in ("norms_", "success_rates_", "converged_", "anomaly_indices_"):
+            parts = np.array([getattr(engineer, name) for engineer in engineers])
+            setattr(self, name, parts[chosen, np.arange(len(chosen))])
+        self.p_values_ = np.where(np.isnan(p).all(axis=0), np.nan, filled.min(axis=0))
+        self._set_verdict(rank_by_p(self.p_values_, self.alpha))
+        inconclusive = [one.verdict_ == "inconclusive" for one in engineers]
+        if not len(self.target_classes_) and any(inconclusive):
+            self.verdict_ = "inconclusive"
+        self.report_ = self._tabulate(p, flagged)
+
+    def _tabulate(self, p, flagged):
+        tables = []
+        for number, (name, engineer) in enumerate(self.engineers_.items()):
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "method": name,
+                        "class": self.classes_,
+                        "norm": engineer.norms_,
+                        "success_rate": engineer.success_rates_,
+                        "converged": engineer.converged_,
+                        "reason": engineer.reasons_,
+                        "anomaly_index": engineer.anomaly_indices_,
+                        "p_value": engineer.p_values_,
+                        "p_corrected": p[number],
+                        "flagged": flagged[number],
+                    }
+                )
+            )
+        return pd.concat(tables, ignore_index=True)
+
+    def _open_search(self, problem, tasks, generators, stage, **options):
+        raise NotImplementedError("the searches are those of the engineers")
+
+    def _flag(self):
+        raise NotImplementedError("the searches are those of the engineers")
+
+
+def default_engineers(victim):
+    """Make the searches that `AutoReverseEngineer` runs unless told otherwise.
+
+    Parameters
+    ----------
+    victim : VictimNetwork
+
+    Returns
+    -------
+    list of (str, reverse engineer)
+        Unfitted; a place to start from.
+    """
+    return [
+        ("patch", NCReverseEngineer(victim)),
+        ("patch, learnt sources", NCReverseEngineer(victim, sources="learnt")),
+        ("additive", AdditiveReverseEngineer(victim, sources="all")),
+        ("additive, learnt sources", AdditiveReverseEngineer(victim)),
+    ]

@@ -1,0 +1,143 @@
+"""The fast schedule: screen, search at equal budget, judge, refine what is flagged."""
+
+import numpy as np
+from sklearn.utils import check_random_state
+
+from sklearn_backdoor._validation import check_number
+from sklearn_backdoor.reverse._anomaly import p_values
+from sklearn_backdoor.reverse._base import BaseReverseEngineer
+from sklearn_backdoor.reverse._search import Task
+
+SOURCES = ("all", "learnt", "pairs")
+_SCREEN_STEPS = 20
+_N_CONTENDERS = _N_REFERENCE = 16
+_N_REFINED = 3  # more targets than that are flagged, but not refined
+
+
+class FastReverseEngineer(BaseReverseEngineer):
+    """Search all classes at the same small budget, refine only those flagged.
+
+    With more classes than 32, a short screening of all chooses 16 contenders, which are
+    compared with a random sample of 16 classes.
+
+    A subclass names its kind of `StackedSearch` in ``_kind``.
+    """
+
+    def _check_params(self):
+        if self.sources not in SOURCES:
+            raise ValueError(
+                f"sources={self.sources!r}, expected one of {', '.join(SOURCES)}."
+            )
+        if self.success_rate is not None:
+            check_number(self.success_rate, "success_rate", 0, 1)
+        check_number(self._steps(), "max_steps", 1, integer=True)
+        check_number(self.batch_size, "batch_size", 1, integer=True)
+
+    def _steps(self):
+        return self.max_steps
+
+    def _open_search(self, problem, tasks, generators, stage, **options):
+        steps = self._steps()
+        if stage == "screen":
+            steps = min(_SCREEN_STEPS, steps)
+        if self.success_rate is not None:
+            options["success_rate"] = self.success_rate
+        return self._kind(
+            problem,
+            tasks,
+            generators,
+            steps=steps,
+            batch_size=self.batch_size,
+            learn_sources=self.sources == "learnt",
+            **options,
+        )
+
+    def _search(self, run):
+        n_classes = len(run.victim.classes_)
+        if self.sources == "pairs":
+            return self._search_pairs(run, n_classes)
+        tasks = [Task(target) for target in range(n_classes)]
+        if n_classes <= _N_CONTENDERS + _N_REFERENCE:
+            return run(self._grouped(tasks))
+        results = run(self._grouped(tasks), "screen")
+        best = np.argsort([result.norm for result in results])[:_N_CONTENDERS]
+        random_state = check_random_state(run.seeds[0])
+        reference = random_state.choice(n_classes, _N_REFERENCE, replace=False)
+        chosen = [tasks[number] for number in np.union1d(best, reference)]
+        starts = {task: results[task.target] for task in chosen}
+        results = [
+            result._replace(
+                converged=False, judged=False, reason="not among the smallest at first"
+            )
+            for result in results
+        ]
+        for task, result in zip(
+            chosen, run(self._grouped(chosen), starts=starts), strict=True
+        ):
+            is_reference = task.target in reference
+            results[task.target] = result._replace(reference=is_reference)
+        return results
+
+    def _search_pairs(self, run, n_classes):
+        """Search every pair; return each target's result from its easiest source."""
+        groups = [
+            [Task(target, source) for source in range(n_classes) if source != target]
+            for target in range(n_classes)
+        ]
+        results = iter(run(groups))
+        self.pair_norms_ = np.full((n_classes, n_classes), np.nan)
+        self.pair_converged_ = np.zeros((n_classes, n_classes), dtype=bool)
+        best = []
+        for group in groups:
+            found = []
+            for task in group:
+                result = next(results)
+                weights = np.zeros(n_classes)
+                weights[task.source] = 1
+                found.append(result._replace(source_weights=weights))
+                self.pair_norms_[task.source, task.target] = result.norm
+                self.pair_converged_[task.source, task.target] = result.converged
+            best.append(min(found, key=lambda one: (not one.converged, one.norm)))
+        return best
+
+    def _conclude(self, run, results):
+        weights = [result.source_weights for result in results]
+        self.source_weights_ = None if weights[0] is None else np.stack(weights)
+        super()._conclude(run, results)
+
+    def _p_values(self, results, judged):
+        if self.sources != "pairs":
+            return super()._p_values(results, judged)
+        rows, columns = np.nonzero(~np.eye(len(results), dtype=bool))
+        p_pairs = np.ones((len(results), len(results)))
+        p_pairs[rows, columns] = p_values(
+            self.pair_norms_[rows, columns],
+            self.pair_converged_[rows, columns],
+            null=self._null,
+        )
+        return p_pairs.min(axis=0)
+
+    def _finish(self, run, results):
+        """Refine the triggers of flagged classes: the strongest worth their norm."""
+        flagged = [
+            int(np.flatnonzero(self.classes_ == target)[0])
+            for target in self.target_classes_[:_N_REFINED]
+        ]
+        if not flagged:
+            return
+        others = np.setdiff1d(np.flatnonzero(self.converged_), flagged)
+        rate, norm = np.median(self.success_rates_[others]), np.median(self.norms_[others])
+        tasks = [Task(number) for number in flagged]
+        if self.sources == "pairs":
+            easiest = self.source_weights_.argmax(axis=1)
+            tasks = [Task(number, int(easiest[number])) for number in flagged]
+        refined = run(
+            self._grouped(tasks),
+            "refine",
+            starts=dict(zip(tasks, [results[n] for n in flagged], strict=True)),
+            price=float(rate / norm),
+        )
+        for number, result in zip(flagged, refined, strict=True):
+            self.triggers_[number] = result.trigger
+            self.success_rates_[number] = result.success_rate
+        self.trigger_ = self.triggers_[flagged[0]]
