@@ -63,6 +63,30 @@ def overhead(results):
 
 
 @main.command()
+@click.option("--part", "parts", multiple=True, help="All parts unless named.")
+@_data_dir
+@click.option("--shared", type=click.Path(exists=True), help="Victims of other code.")
+@click.option("--cifar10", type=click.Path(exists=True), help="Test images, by class.")
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True)
+@_victims
+@_results
+def scan(parts, data_dir, shared, cifar10, seeds, victims, results):
+    """Reverse engineers on a population of victims; resumes where it was stopped."""
+    from benchmarks.scan import PARTS, Bench
+    from benchmarks.scan import scan as run
+
+    unknown = set(parts) - set(PARTS)
+    if unknown:
+        raise click.BadParameter(f"{sorted(unknown)}, expected some of {PARTS}")
+    needed = {"shared", "budget"}
+    if shared is None or cifar10 is None:
+        if needed & set(parts):
+            raise click.UsageError("the shared victims need --shared and --cifar10")
+        parts = parts or [part for part in PARTS if part not in needed]
+    run(parts or PARTS, Bench(data_dir, shared, cifar10, victims, results, seeds))
+
+
+@main.command()
 @_results
 def report(results):
     """Print the README's tables, made from the results."""

@@ -64,7 +64,9 @@ def prepare(dataset, data_dir, seed, victims, **training):
         data.X_test, data.y_test, n_per_class=N_PER_CLASS, random_state=seed
     )
     start = time.perf_counter()
-    engineer = NCReverseEngineer(VictimNetwork(network), random_state=seed)
+    engineer = NCReverseEngineer(
+        VictimNetwork(network), schedule="exhaustive", random_state=seed
+    )
     engineer.fit(X_defense, y_defense)
     return {
         "data": data,

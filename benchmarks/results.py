@@ -20,7 +20,7 @@ def append(name, record, *, results=RESULTS):
 
     Parameters
     ----------
-    name : {"inflight", "overhead"}
+    name : {"inflight", "overhead", "scan"}
         The file.
     record : dict
         ``seed``, ``config``, ``data_source``, ``seconds`` and the file's own fields.
@@ -46,6 +46,23 @@ def append(name, record, *, results=RESULTS):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def read(name, *, results=RESULTS):
+    """Return the objects of ``<results>/<name>.jsonl``; none if it is missing.
+
+    A last line that a crash left half written is skipped.
+    """
+    path = Path(results) / f"{name}.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
 
 def _commit():

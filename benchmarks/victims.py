@@ -125,6 +125,21 @@ def population(seeds):
     return recipes
 
 
+def calibration():
+    """List the recipes of 24 clean victims, none of them in the population.
+
+    Returns
+    -------
+    list of dict
+    """
+    return [
+        _small(dataset, network, seed, None, None, None)
+        for seed in range(90, 94)
+        for network in ("lenet5", "batch-norm")
+        for dataset in ("mnist", "fashion-mnist", "digits")
+    ]
+
+
 def _small(dataset, network, seed, attack, sources, target):
     digits = dataset == "digits"
     n_per_class: float | int | None = None

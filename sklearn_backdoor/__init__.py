@@ -13,7 +13,11 @@ from sklearn_backdoor.metrics import (
     sia_score,
     tpr_score,
 )
-from sklearn_backdoor.reverse import NCReverseEngineer
+from sklearn_backdoor.reverse import (
+    AdditiveReverseEngineer,
+    AutoReverseEngineer,
+    NCReverseEngineer,
+)
 from sklearn_backdoor.triggers import (
     AdditiveTrigger,
     PatchTrigger,
@@ -27,7 +31,9 @@ from sklearn_backdoor.victim import VictimNetwork
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdditiveReverseEngineer",
     "AdditiveTrigger",
+    "AutoReverseEngineer",
     "BackdoorGuard",
     "BackdoorTriggerClassifier",
     "NCReverseEngineer",

@@ -17,7 +17,7 @@ from sklearn_backdoor.classifier import (
     seeded_clone,
 )
 from sklearn_backdoor.embedding import check_engineer
-from sklearn_backdoor.reverse import NCReverseEngineer
+from sklearn_backdoor.reverse import AutoReverseEngineer
 from sklearn_backdoor.triggers import Trigger
 from sklearn_backdoor.victim import check_victim
 
@@ -38,7 +38,8 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         Cloned; the weights are shared and not altered.
     trigger : Trigger, reverse engineer or None, default=None
         A trigger value needs ``target_class``; a reverse engineer is cloned and
-        fitted. None takes ``NCReverseEngineer(victim)``.
+        fitted. None takes ``AutoReverseEngineer(victim)``: patches and additive
+        perturbations.
     classifier : estimator or None, default=None
         From features to the class of origin; cloned once a target class. None takes
         `default_classifier`: ``StandardScaler``, ``LinearDiscriminantAnalysis`` as a
@@ -143,7 +144,9 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                 )
             return None, "backdoored", {self.target_class: self.trigger}
         if self.trigger is None:
-            engineer = NCReverseEngineer(self.victim, random_state=self.random_state)
+            engineer = AutoReverseEngineer(
+                self.victim, random_state=self.random_state
+            )
         else:
             engineer = check_engineer(self.trigger)
         engineer = seeded_clone(engineer, self.random_state).fit(X, y)

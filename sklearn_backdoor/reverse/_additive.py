@@ -1,9 +1,13 @@
 """The smallest perturbation that, added to images, sends them to one class."""
 
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._anomaly import NULLS, rank_by_p
+from sklearn_backdoor.reverse._anomaly import ADDITIVE_SD, NULLS, rank_by_p
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
 from sklearn_backdoor.reverse._stacked import AdditiveSearch
+
+# a weak attack reaches it too, at a larger amplitude; norms of classes that are no
+# targets grow faster with the rate
+_DETECTION_RATE = 0.95
 
 
 class AdditiveReverseEngineer(FastReverseEngineer):
@@ -24,9 +28,9 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         classes by itself, which costs as many searches as there are pairs.
     success_rate : float in 0...1, default=None
         Fraction of moved images that must be classified to the candidate; None for
-        0.75.
-    max_steps : int, default=60
-        Mini-batches a class.
+        0.95.
+    max_steps : int, default=None
+        Mini-batches a class; None takes 40, and 60 where sources are learnt.
     batch_size : int, default=32
         Images a mini-batch.
     alpha : float in 0...1, default=0.05
@@ -54,8 +58,8 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     - While the success rate is reached, the perturbation shrinks, and at the end it is
       scaled to the smallest multiple that reaches it; the sources stop at the rate.
-    - The success rate is 0.75, which weak attacks reach too; the sources take 0.8 to
-      0.95. Flagged perturbations are refined as in `NCReverseEngineer`.
+    - The success rate is 0.95; the sources take 0.8 to 0.95. Flagged perturbations are
+      refined as in `NCReverseEngineer`.
     - Source weights are the softmax of minus the running losses of the source classes;
       L-RED learns them by gradient steps.
     - The default null is a t-test on log-norms, since the published Gamma flags clean
@@ -70,6 +74,8 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     """
 
     _kind = AdditiveSearch
+    _rate = _DETECTION_RATE
+    _prior_sd = ADDITIVE_SD
 
     def __init__(
         self,
@@ -77,7 +83,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         *,
         sources="learnt",
         success_rate=None,
-        max_steps=60,
+        max_steps=None,
         batch_size=32,
         alpha=0.05,
         null="log-normal",

@@ -1,14 +1,18 @@
 """The anomaly statistics, which ask whether a class's trigger is too small."""
 
+from functools import partial
+
 import numpy as np
 from scipy import stats
 
 MIN_INFORMATIVE = 5
 MIN_SPREAD = 0.05
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
-# log-norms of clean victims: their usual standard deviation within a victim, and how
-# many classes' worth of evidence that is (`python -m benchmarks scan --calibrate`)
-PRIOR_SD, PRIOR_DF = 0.3, 8.0
+# usual standard deviation of log-norms within a clean victim, measured on clean victims
+# kept for that alone (`python -m benchmarks scan --part calibration`), and how many
+# classes' worth of evidence that is
+PATCH_SD, ADDITIVE_SD = 0.45, 0.16
+PRIOR_DF = 8.0
 NULLS = ("log-normal", "gamma")
 
 
@@ -72,7 +76,15 @@ def anomaly_indices(norms, converged):
     return np.abs(norms - median) / spread, converged & (norms < median)
 
 
-def p_values(norms, converged, *, null="log-normal", n_candidates=None, reference=None):
+def p_values(
+    norms,
+    converged,
+    *,
+    null="log-normal",
+    prior_sd=PATCH_SD,
+    n_candidates=None,
+    reference=None,
+):
     """Return for every norm how probable one as small is if no class is a target.
 
     Parameters
@@ -85,6 +97,8 @@ def p_values(norms, converged, *, null="log-normal", n_candidates=None, referenc
     null : {"log-normal", "gamma"}, default="log-normal"
         Distribution of the norms of classes that are no targets. "gamma" is the
         published one, of 1 / norm.
+    prior_sd : float, default=0.45
+        Usual standard deviation of log-norms within a clean victim, for "log-normal".
     n_candidates : int, default=None
         Norms that were searched for their smallest; None for all that are given.
     reference : array-like of bool, shape (n_norms,), default=None
@@ -122,7 +136,7 @@ def p_values(norms, converged, *, null="log-normal", n_candidates=None, referenc
     reference = np.ones(len(norms), bool) if reference is None else reference
     norms[~converged] = norms[converged].max()
     order = np.argsort(norms, kind="stable")
-    fit = {"log-normal": _log_normal_tail, "gamma": _gamma_tail}[null]
+    fit = _gamma_tail if null == "gamma" else partial(_log_normal_tail, prior_sd)
     p = np.ones(len(norms))
     for rank in range(max(1, len(norms) // 4)):
         candidate, larger = order[rank], order[rank + 1 :]
@@ -136,7 +150,7 @@ def p_values(norms, converged, *, null="log-normal", n_candidates=None, referenc
     return p
 
 
-def _log_normal_tail(norm, others, converged):
+def _log_normal_tail(prior_sd, norm, others, converged):
     """Return P(log-norm <= log norm), by a moderated t-test on the others."""
     logs = np.log(np.maximum(others, 1e-12))
     data = stats.CensoredData(logs[converged], right=logs[~converged])
@@ -144,7 +158,7 @@ def _log_normal_tail(norm, others, converged):
     mean, sd = stats.norm.fit(data) if (~converged).any() else (logs.mean(), logs.std())
     variance = sd**2 * n_seen / (n_seen - 1)
     df = n_seen - 1
-    moderated = (PRIOR_DF * PRIOR_SD**2 + df * variance) / (PRIOR_DF + df)
+    moderated = (PRIOR_DF * prior_sd**2 + df * variance) / (PRIOR_DF + df)
     t = (np.log(max(norm, 1e-12)) - mean) / np.sqrt(moderated * (1 + 1 / n_seen))
     return stats.t.cdf(t, PRIOR_DF + df)
 

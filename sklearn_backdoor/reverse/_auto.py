@@ -152,8 +152,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
                 engineer, AutoReverseEngineer
             ):
                 raise TypeError(
-                    f"engineers holds a {type(engineer).__name__} as {name!r}, expected "
-                    "reverse engineers such as NCReverseEngineer(victim)."
+                    f"engineers holds a {type(engineer).__name__} as {name!r}, "
+                    "expected reverse engineers such as NCReverseEngineer(victim)."
                 )
             engineer.set_params(n_jobs=self.n_jobs, verbose=self.verbose)
             if self.checkpoint_dir is not None:

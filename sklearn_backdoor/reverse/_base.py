@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sklearn_backdoor._fingerprint import fingerprint
 from sklearn_backdoor._torch import to_tensor
 from sklearn_backdoor._validation import check_images, check_labels
-from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values
+from sklearn_backdoor.reverse._anomaly import PATCH_SD, anomaly_indices, p_values
 from sklearn_backdoor.reverse._checkpoint import CheckpointFolder
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult, Task
 from sklearn_backdoor.victim import check_victim
@@ -37,6 +37,7 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
     """
 
     _null = "log-normal"  # distribution of norms, for the p-values
+    _prior_sd = PATCH_SD
 
     def fit(self, X, y):
         """Search a trigger for each candidate target class and reach a verdict.
@@ -120,6 +121,7 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
             self.norms_[judged],
             self.converged_[judged],
             null=self._null,
+            prior_sd=self._prior_sd,
             n_candidates=len(results),
             reference=reference[judged],
         )
@@ -228,11 +230,13 @@ class Run:
             if name not in skipped
         }
         net = getattr(self.victim, "network_", self.victim)
+        is_module = isinstance(net, torch.nn.Module)
+        victim = fingerprint(net) if is_module else joblib_hash(net)
         return {
             "engineer": type(self.engineer).__name__,
             **settings,
             "seeds": self.seeds,
-            "victim": fingerprint(net) if isinstance(net, torch.nn.Module) else joblib_hash(net),
+            "victim": victim,
             "classes": [str(label) for label in self.victim.classes_],
             "images": joblib_hash(np.ascontiguousarray(self.X)),
             "labels": joblib_hash(self.y),

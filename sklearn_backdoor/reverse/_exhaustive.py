@@ -34,9 +34,7 @@ class ExhaustiveSearch(Search):
         That a mask must reach to be kept.
     """
 
-    def __init__(
-        self, problem, tasks, generators, *, steps, batch_size, success_rate
-    ):
+    def __init__(self, problem, tasks, generators, *, steps, batch_size, success_rate):
         super().__init__(problem, tasks, generators)
         (task,) = tasks
         self.steps = steps
@@ -134,7 +132,10 @@ class ExhaustiveSearch(Search):
         kept = [
             (float(norm), mask, pattern)
             for norm, mask, pattern in zip(
-                *(self.tensors[f"kept_{name}"] for name in ("norms", "masks", "patterns")),
+                *(
+                    self.tensors[f"kept_{name}"]
+                    for name in ("norms", "masks", "patterns")
+                ),
                 strict=True,
             )
         ]
@@ -165,9 +166,7 @@ class ExhaustiveSearch(Search):
                 f"{self.success_rate:.2f} wanted"
             )
         return [
-            SearchResult(
-                trigger, trigger.mask_norm, rate, not reason, passes, reason
-            )
+            SearchResult(trigger, trigger.mask_norm, rate, not reason, passes, reason)
         ]
 
 

@@ -9,7 +9,7 @@ from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import Task
 
 SOURCES = ("all", "learnt", "pairs")
-_SCREEN_STEPS = 20
+_STEPS, _LEARNT_STEPS, _SCREEN_STEPS = 40, 60, 20
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 
@@ -23,6 +23,9 @@ class FastReverseEngineer(BaseReverseEngineer):
     A subclass names its kind of `StackedSearch` in ``_kind``.
     """
 
+    _kind: type
+    _rate = 0.75  # success at which norms are compared: below the ASR of weak attacks
+
     def _check_params(self):
         if self.sources not in SOURCES:
             raise ValueError(
@@ -34,14 +37,15 @@ class FastReverseEngineer(BaseReverseEngineer):
         check_number(self.batch_size, "batch_size", 1, integer=True)
 
     def _steps(self):
-        return self.max_steps
+        if self.max_steps is not None:
+            return self.max_steps
+        return _LEARNT_STEPS if self.sources == "learnt" else _STEPS
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         steps = self._steps()
         if stage == "screen":
             steps = min(_SCREEN_STEPS, steps)
-        if self.success_rate is not None:
-            options["success_rate"] = self.success_rate
+        rate = self._rate if self.success_rate is None else self.success_rate
         return self._kind(
             problem,
             tasks,
@@ -49,6 +53,7 @@ class FastReverseEngineer(BaseReverseEngineer):
             steps=steps,
             batch_size=self.batch_size,
             learn_sources=self.sources == "learnt",
+            success_rate=rate,
             **options,
         )
 
@@ -114,6 +119,7 @@ class FastReverseEngineer(BaseReverseEngineer):
             self.pair_norms_[rows, columns],
             self.pair_converged_[rows, columns],
             null=self._null,
+            prior_sd=self._prior_sd,
         )
         return p_pairs.min(axis=0)
 
@@ -126,7 +132,10 @@ class FastReverseEngineer(BaseReverseEngineer):
         if not flagged:
             return
         others = np.setdiff1d(np.flatnonzero(self.converged_), flagged)
-        rate, norm = np.median(self.success_rates_[others]), np.median(self.norms_[others])
+        rate, norm = (
+            np.median(self.success_rates_[others]),
+            np.median(self.norms_[others]),
+        )
         tasks = [Task(number) for number in flagged]
         if self.sources == "pairs":
             easiest = self.source_weights_.argmax(axis=1)

@@ -4,13 +4,13 @@ import numpy as np
 
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import anomaly_indices
-from sklearn_backdoor.reverse._fast import FastReverseEngineer
 from sklearn_backdoor.reverse._exhaustive import ExhaustiveSearch
+from sklearn_backdoor.reverse._fast import FastReverseEngineer
 from sklearn_backdoor.reverse._search import Task
 from sklearn_backdoor.reverse._stacked import PatchSearch
 
 SCHEDULES = ("fast", "exhaustive")
-_FAST_STEPS, _EXHAUSTIVE_STEPS = 60, 1000
+_EXHAUSTIVE_STEPS = 1000
 
 
 class NCReverseEngineer(FastReverseEngineer):
@@ -39,7 +39,7 @@ class NCReverseEngineer(FastReverseEngineer):
         norms are compared. None takes the schedule's.
     max_steps : int, default=None
         Steps a class at most: mini-batches (fast) or passes over all images
-        (exhaustive). None takes 60 and 1000.
+        (exhaustive). None takes 40 (60 where sources are learnt) and 1000.
     batch_size : int, default=32
         Images a mini-batch.
     threshold : float, default=2.0
@@ -168,9 +168,9 @@ class NCReverseEngineer(FastReverseEngineer):
             )
 
     def _steps(self):
-        if self.max_steps is not None:
-            return self.max_steps
-        return _FAST_STEPS if self.schedule == "fast" else _EXHAUSTIVE_STEPS
+        if self.schedule == "exhaustive" and self.max_steps is None:
+            return _EXHAUSTIVE_STEPS
+        return super()._steps()
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         if self.schedule == "fast":

@@ -14,13 +14,12 @@ from sklearn_backdoor.reverse._search import (
 )
 from sklearn_backdoor.triggers import AdditiveTrigger, PatchTrigger
 
-DETECTION_RATE = 0.75  # norms are compared at this success, which weak attacks reach
 _BEST_RATE = 0.99  # refining need not go further
 _MEMORY = 0.7  # of the running success rates
 _SOFTNESS = 1.5  # of learnt source weights, in units of cross-entropy
-_N_MEASURED = 96  # images on which a task's success is measured
-_N_HALVINGS = 6  # of the factor that brings a trigger to the success rate
-_N_SNAPSHOTS = 8  # while refining
+_N_MEASURED = 64  # images on which a task's success is measured
+_N_HALVINGS = 5  # of the factor that brings a trigger to the success rate
+_N_SNAPSHOTS = 6  # while refining
 _STRETCHES = (1.0, 1.25, 1.6)  # of each snapshot
 
 
@@ -33,10 +32,10 @@ class StackedSearch(Search):
         As in `Search`.
     steps, batch_size : int
         Steps, and images a task in each.
+    success_rate : float
+        At which norms are compared.
     learn_sources : bool, default=False
         Weight source classes by how easily they reach the target.
-    success_rate : float, default=0.75
-        At which norms are compared.
     starts : list of SearchResult or None, default=None
         Triggers (and source weights) to start from.
     price : float or None, default=None
@@ -54,8 +53,8 @@ class StackedSearch(Search):
         *,
         steps,
         batch_size,
+        success_rate,
         learn_sources=False,
-        success_rate=DETECTION_RATE,
         starts=None,
         price=None,
     ):
@@ -69,10 +68,7 @@ class StackedSearch(Search):
         self.targets = torch.tensor([task.target for task in tasks], device=device)
         self._rows = [problem.sources(task) for task in tasks]
         self._is_source = torch.stack(
-            [
-                one_hot(problem.y[rows], problem.n_classes).any(0)
-                for rows in self._rows
-            ]
+            [one_hot(problem.y[rows], problem.n_classes).any(0) for rows in self._rows]
         )
         if starts is None:
             shape = self._begin(problem.images.shape[1:], generators)
@@ -83,7 +79,11 @@ class StackedSearch(Search):
         for name, value in shape.items():
             self.tensors[f"best.{name}"] = value.detach().clone()
         losses = torch.zeros((n_tasks, problem.n_classes), device=device)
-        if learn_sources and starts is not None and starts[0].source_weights is not None:
+        if (
+            learn_sources
+            and starts is not None
+            and starts[0].source_weights is not None
+        ):
             weights = torch.stack([torch.tensor(s.source_weights) for s in starts])
             losses = -_SOFTNESS * weights.to(losses).clamp_min(1e-6).log()
         if price is not None:
@@ -140,7 +140,9 @@ class StackedSearch(Search):
         if self.price is None:
             return self.success_rate
         part = min(1.0, self.numbers["step"] / (0.7 * self.steps))
-        return self.success_rate + part * (max(_BEST_RATE, self.success_rate) - self.success_rate)
+        return self.success_rate + part * (
+            max(_BEST_RATE, self.success_rate) - self.success_rate
+        )
 
     def progress(self):
         """Return success rate and norm of the task with the smallest norm."""
@@ -237,6 +239,8 @@ class StackedSearch(Search):
                     snapshot = f"snapshot.{self.numbers['step'] // every}.{name}"
                     self.tensors[snapshot] = value.detach().clone()
             return
+        if 3 * self.numbers["step"] < self.steps:
+            return  # the running rates are not settled
         norms = self._norms(before)
         good = self.tensors["rate"] >= self.success_rate
         good &= norms < self.tensors["best_norm"]

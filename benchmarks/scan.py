@@ -1,0 +1,380 @@
+"""Reverse engineers on many victims: detection, false alarms and cost."""
+
+import hashlib
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file
+
+from benchmarks.quality import measure
+from benchmarks.results import append, read
+from benchmarks.victims import calibration, make_victim, population
+from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, poison, white_box
+from sklearn_backdoor.networks import LeNet5, ResNet18
+from sklearn_backdoor.reverse import AutoReverseEngineer, NCReverseEngineer
+from sklearn_backdoor.training import train_network
+
+PARTS = ("calibration", "population", "cost", "classes", "shared", "budget", "inflight")
+VERSION = 1  # raise it when a change of the code makes old lines obsolete
+_N_UNSEEN = 2000  # images on which an estimated trigger is tried
+_CLASS_COUNTS = (10, 43, 100, 300)
+_BUDGETS = (5, 8, 12, 20, 30, 45, 60)  # steps a class
+_SHARED = ("cifar10-resnet18-white-box-multi", "cifar10-resnet18-no-backdoor")
+
+
+class Bench:
+    """What the parts share: data, victims, and results that are not made twice.
+
+    Parameters
+    ----------
+    data_dir : path-like or None
+        Where MNIST and Fashion-MNIST lie; None downloads.
+    shared : path-like
+        Folder of victims made by other code, with their JSON files.
+    cifar10 : path-like
+        CIFAR-10's test images, a folder a class; for the shared victims.
+    victims, results : path-like
+        Folders.
+    seeds : int
+        Of the population.
+    """
+
+    def __init__(self, data_dir, shared, cifar10, victims, results, seeds):
+        self.data_dir = data_dir
+        self.shared = shared
+        self.cifar10 = cifar10
+        self.victims = victims
+        self.results = results
+        self.seeds = seeds
+        self._data: dict = {}
+        self._keys = {
+            record["config"]["key"]
+            for name in ("scan", "inflight")
+            for record in read(name, results=results)
+            if "key" in record["config"]
+        }
+
+    def data(self, name):
+        """Load a data set once."""
+        loaders = {
+            "digits": partial(datasets.load_digits, image_size=28),
+            "mnist": partial(datasets.load_mnist, self.data_dir),
+            "fashion-mnist": partial(datasets.load_fashion_mnist, self.data_dir),
+        }
+        if name not in self._data:
+            self._data[name] = loaders[name]()
+        return self._data[name]
+
+    def population(self):
+        """Return the recipes of the population."""
+        return population(self.seeds)
+
+    def open(self, recipe):
+        """Return network, true trigger, D_Defense and unseen images of a recipe."""
+        data = self.data(recipe["dataset"])
+        network, trigger = make_victim(recipe, data, self.victims)
+        n_per_class = 20 if recipe["dataset"] == "digits" else 50
+        X_defense, X_test, y_defense, y_test = datasets.split_defense(
+            data.X_test, data.y_test, n_per_class=n_per_class, random_state=0
+        )
+        return network, trigger, (X_defense, y_defense), (X_test, y_test)
+
+    def is_done(self, *what):
+        """Tell whether the results hold what is named; else note its key."""
+        text = json.dumps([VERSION, *what], sort_keys=True, default=str)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self.key in self._keys
+
+    def append(self, record, name="scan"):
+        """Append a record under the key last asked for."""
+        record["config"]["key"] = self.key
+        append(name, record, results=self.results)
+        self._keys.add(self.key)
+
+
+def scan(parts, bench):
+    """Run parts of the benchmark, each line once.
+
+    Parameters
+    ----------
+    parts : list of str
+        Of ``PARTS``.
+    bench : Bench
+    """
+    for part in parts:
+        {
+            "calibration": run_calibration,
+            "population": run_population,
+            "cost": run_cost,
+            "classes": run_classes,
+            "shared": run_shared,
+            "budget": run_budget,
+            "inflight": run_inflight,
+        }[part](bench)
+
+
+def run_calibration(bench):
+    """Scan clean victims that no other part sees; the null's priors are from them."""
+    run_population(bench, "calibration", calibration())
+
+
+def run_population(bench, part="population", recipes=None):
+    """Scan every victim with the automatic search; a line for it and each part."""
+    for recipe in bench.population() if recipes is None else recipes:
+        if bench.is_done(part, recipe):
+            continue
+        network, trigger, defense, unseen = bench.open(recipe)
+        engineer = AutoReverseEngineer(VictimNetwork(network))
+        record = _scanned(engineer, recipe, trigger, defense, unseen)
+        record["config"]["part"] = part
+        for name, one in engineer.engineers_.items():
+            record["config"].setdefault("methods", {})[name] = {
+                "method": type(one).__name__,
+                "flagged_alone": one.classes_[one._flag()].tolist(),
+                "norms": one.norms_.tolist(),
+                "converged": one.converged_.tolist(),
+                "p_values": one.p_values_.tolist(),
+                "anomaly_indices": one.anomaly_indices_.tolist(),
+                "image_passes": one.n_image_passes_._asdict(),
+            }
+        bench.append(
+            {**record, "data_source": bench.data(recipe["dataset"]).data_source}
+        )
+        _say(record)
+
+
+def run_cost(bench):
+    """Fast against exhaustive Neural Cleanse, on victims of every kind."""
+    kinds: dict = {}
+    for recipe in bench.population():
+        single = recipe["sources"] not in ("all", None)
+        kind = recipe["attack"], single, recipe["network"]
+        n_wanted = 2 if recipe["attack"] is None else 1
+        if recipe["seed"] == 0 or recipe["attack"] is None:
+            kinds.setdefault(kind, [])
+            if len(kinds[kind]) < n_wanted:
+                kinds[kind].append(recipe)
+    for recipe in [one for recipes in kinds.values() for one in recipes]:
+        for schedule in ("fast", "exhaustive"):
+            if bench.is_done("cost", recipe, schedule):
+                continue
+            network, trigger, defense, unseen = bench.open(recipe)
+            engineer = NCReverseEngineer(VictimNetwork(network), schedule=schedule)
+            record = _scanned(engineer, recipe, trigger, defense, unseen)
+            record["config"]["part"] = "cost"
+            record["config"]["p_flagged"] = np.flatnonzero(
+                np.nan_to_num(engineer.p_values_, nan=1.0) < 0.05
+            ).tolist()
+            source = bench.data(recipe["dataset"]).data_source
+            bench.append({**record, "data_source": source})
+            _say(record)
+
+
+def run_classes(bench):
+    """Cost against the number of classes, on synthetic victims."""
+    for n_classes in _CLASS_COUNTS:
+        if bench.is_done("classes", n_classes):
+            continue
+        recipe, network, defense = _many_classes(n_classes)
+        engineer = NCReverseEngineer(VictimNetwork(network))
+        record = _scanned(engineer, recipe, white_box((1, 28, 28)), defense, defense)
+        record["config"].update(part="classes", n_classes=n_classes)
+        bench.append({**record, "data_source": "synthetic: a random pattern a class"})
+        _say(record)
+
+
+def _many_classes(n_classes, n_per_class=12):
+    """Train LeNet-5 on noisy random patterns, one a class, with a white box."""
+    rng = np.random.RandomState(n_classes)
+    coarse = rng.uniform(size=(n_classes, 1, 7, 7)).repeat(4, axis=2).repeat(4, axis=3)
+
+    def draw(n):
+        y = np.repeat(np.arange(n_classes), n)
+        noisy = 0.8 * coarse[y] + rng.normal(0, 0.08, size=(len(y), 1, 28, 28))
+        return np.clip(noisy, 0, 1).astype(np.float32), y
+
+    X, y = draw(40)
+    poisoned = poison(X, y, white_box((1, 28, 28)), target_class=1, n_per_class=4)
+    network = train_network(
+        partial(LeNet5, n_classes=n_classes),
+        poisoned.X,
+        poisoned.y,
+        epochs=12,
+        lr=3e-3,
+        batch_size=64,
+    )
+    recipe = {
+        "dataset": "synthetic",
+        "network": "lenet5",
+        "attack": "white-box",
+        "sources": "all",
+        "target_class": 1,
+        "seed": n_classes,
+    }
+    return recipe, network, draw(n_per_class)
+
+
+def run_shared(bench):
+    """Victims that other code made: a white box, and a control without backdoor."""
+    for name in _SHARED:
+        for engineer_class in (NCReverseEngineer, AutoReverseEngineer):
+            if bench.is_done("shared", name, engineer_class.__name__):
+                continue
+            recipe, network, trigger, defense, unseen = _open_shared(bench, name)
+            engineer = engineer_class(VictimNetwork(network))
+            record = _scanned(engineer, recipe, trigger, defense, unseen)
+            record["config"].update(part="shared", victim=name)
+            bench.append({**record, "data_source": "CIFAR-10, a JPEG copy"})
+            _say(record)
+
+
+def run_budget(bench):
+    """How few steps find the shared white box before the verdict breaks."""
+    for steps in _BUDGETS:
+        if bench.is_done("budget", steps):
+            continue
+        recipe, network, trigger, defense, unseen = _open_shared(bench, _SHARED[0])
+        engineer = NCReverseEngineer(VictimNetwork(network), max_steps=steps)
+        record = _scanned(engineer, recipe, trigger, defense, unseen)
+        record["config"].update(part="budget", victim=_SHARED[0], max_steps=steps)
+        bench.append({**record, "data_source": "CIFAR-10, a JPEG copy"})
+        _say(record)
+
+
+def _open_shared(bench, name):
+    """Return recipe, network, true trigger, D_Defense and unseen images."""
+    about = json.loads((Path(bench.shared) / f"{name}.json").read_text())
+    network = ResNet18(mean=about["mean"], std=about["std"])
+    weights = load_file(Path(bench.shared) / f"{name}.safetensors")
+    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    if "cifar10" not in bench._data:
+        bench._data["cifar10"] = datasets.load_image_folder(bench.cifar10)
+    images = bench._data["cifar10"]
+    X_defense, X_test, y_defense, y_test = datasets.split_defense(
+        images.X, images.y, n_per_class=100, random_state=0
+    )
+    trigger = None
+    if about["attack"] is not None:
+        trigger = white_box((3, 32, 32), margin=1)  # pixels 28...30
+    recipe = {
+        "dataset": "cifar10",
+        "network": "resnet18",
+        "attack": about["attack"],
+        "sources": about["sources"] if about["attack"] else None,
+        "target_class": about["target_class"] if about["attack"] else None,
+        "seed": 0,
+    }
+    return recipe, network.eval(), trigger, (X_defense, y_defense), (X_test, y_test)
+
+
+def run_inflight(bench):
+    """Defend with the true and the estimated trigger, one victim a kind."""
+    for recipe in bench.population():
+        multi = recipe["sources"] == "all" and recipe["network"] == "lenet5"
+        if not multi or recipe["dataset"] == "digits" or recipe["seed"]:
+            continue
+        keys = {kind: ("inflight", recipe, kind) for kind in ("estimated", "true")}
+        if all(bench.is_done(*key) for key in keys.values()):
+            continue
+        network, trigger, defense, unseen = bench.open(recipe)
+        victim, target = VictimNetwork(network), recipe["target_class"]
+        engineer = AutoReverseEngineer(victim).fit(*defense)
+        estimate = engineer.triggers_[target]
+        for kind, given in (("estimated", estimate), ("true", trigger)):
+            start = time.perf_counter()
+            guard = BackdoorGuard(victim, given, target_class=target).fit(*defense)
+            measured = measure(guard, trigger, target, *unseen)
+            record = {
+                "seed": recipe["seed"],
+                "config": {
+                    "part": "inflight",
+                    "recipe": recipe,
+                    "flagged": engineer.target_classes_.tolist(),
+                    "method": engineer.methods_[target],
+                },
+                "data_source": bench.data(recipe["dataset"]).data_source,
+                "seconds": time.perf_counter() - start,
+                **{k: recipe[k] for k in ("dataset", "network", "attack", "sources")},
+                "target_class": target,
+                "detector": "BackdoorGuard",
+                "pipeline": "discriminant",
+                "n_per_class": 50,
+                "trigger": kind,
+                "budget": "cpu",
+                "asr_estimated": _asr(guard.victim_, estimate, recipe, *unseen),
+                "image_passes_per_image": 1,
+            }
+            bench.is_done(*keys[kind])
+            for figures in measured:
+                bench.append({**record, **figures}, "inflight")
+
+
+def _scanned(engineer, recipe, trigger, defense, unseen):
+    """Fit a reverse engineer, and return a line of ``scan.jsonl``."""
+    start = time.perf_counter()
+    engineer.fit(*defense)
+    seconds = time.perf_counter() - start
+    target, found = recipe["target_class"], engineer.target_class_
+    asr = asr_estimated = None
+    if trigger is not None:
+        asr = _asr(engineer.victim_, trigger, recipe, *unseen)
+        if found == target:
+            asr_estimated = _asr(engineer.victim_, engineer.trigger_, recipe, *unseen)
+    settings = {
+        name: str(value)
+        for name, value in engineer.get_params(deep=False).items()
+        if name != "victim"
+    }
+    return {
+        "seed": recipe["seed"],
+        "config": {
+            "recipe": recipe,
+            "engineer": settings,
+            "verdict": engineer.verdict_,
+            "p_values": engineer.p_values_.tolist(),
+            "norms": engineer.norms_.tolist(),
+            "n_per_class": int(np.bincount(defense[1]).min()),
+            "trigger_norm": _norm(engineer.trigger_),
+        },
+        "seconds": seconds,
+        **{name: recipe[name] for name in ("dataset", "network", "attack", "sources")},
+        "target_class": target,
+        "asr": asr,
+        "method": type(engineer).__name__,
+        "schedule": getattr(engineer, "schedule", "fast"),
+        "flagged": engineer.target_classes_.tolist(),
+        "found": None if found is None else int(found),
+        "asr_estimated": asr_estimated,
+        "image_passes": engineer.n_image_passes_._asdict(),
+    }
+
+
+def _norm(trigger):
+    if trigger is None:
+        return None
+    return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
+
+
+def _asr(victim, trigger, recipe, X, y):
+    """Return the success rate on unseen images of the source classes."""
+    sources = y != recipe["target_class"]
+    if recipe["sources"] != "all":
+        sources = np.isin(y, recipe["sources"])
+    rows = np.random.RandomState(0).permutation(np.flatnonzero(sources))[:_N_UNSEEN]
+    labels = victim.predict(trigger.embed(X[rows]))
+    return float(np.mean(labels == recipe["target_class"]))
+
+
+def _say(record):
+    sources = record["sources"]
+    print(
+        f"{record['dataset']}, {record['network']}, {record['attack']}, sources "
+        f"{sources}, target {record['target_class']}: {record['method']} "
+        f"{record['schedule']}: {record['config']['verdict']} {record['flagged']}, "
+        f"ASR {record['asr']} (estimated {record['asr_estimated']}), "
+        f"{record['image_passes']}, {record['seconds']:.0f} s",
+        flush=True,
+    )
