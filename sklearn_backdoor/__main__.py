@@ -366,8 +366,8 @@ def _statuses(options, bad_input):
         _fail(f"Error: {error}", 2, options["debug"])
     except (Exception, SystemExit) as error:
         _fail(
-            f"Internal error: {type(error).__name__}: {error} (there is no verdict; "
-            "please file this with the output of --debug)",
+            f"Internal error: {type(error).__name__}: {error} (please "
+            "file this, with the output of --debug)",
             3,
             options["debug"],
         )

@@ -2,6 +2,7 @@
 
 import platform
 import time
+import traceback
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -184,7 +185,13 @@ def _fit(engineer, X, y):
     """Fit; return what our own code warned of, pass on other warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        engineer.fit(X, y)
+        try:
+            engineer.fit(X, y)
+        except (TypeError, ValueError) as error:
+            steps = traceback.extract_tb(error.__traceback__)
+            if any(step.name == "_search" for step in steps):  # past all checks
+                raise RuntimeError(f"the search failed: {error}") from error
+            raise
     ours = str(Path(__file__).parent)
     notes: dict[str, None] = {}
     for one in caught:

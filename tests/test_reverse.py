@@ -5,15 +5,9 @@ from torch import nn
 
 from sklearn_backdoor import NCReverseEngineer, VictimNetwork
 from sklearn_backdoor._fingerprint import fingerprint
-from sklearn_backdoor._torch import torch_generator
 from sklearn_backdoor.reverse._anomaly import anomaly_indices
-from sklearn_backdoor.reverse._base import (
-    BaseReverseEngineer,
-    ImagePasses,
-    SearchResult,
-)
-from sklearn_backdoor.reverse._neural_cleanse import CostSchedule
-from sklearn_backdoor.triggers import PatchTrigger
+from sklearn_backdoor.reverse._exhaustive import CostSchedule
+from sklearn_backdoor.reverse._search import Problem, Task
 from tests.common import CountingNetwork, LinearNetwork, count_passes, linear_images
 
 # --- the anomaly statistic
@@ -110,7 +104,7 @@ def test_the_cost_stays_0_until_enough_good_steps_in_a_row():
 def fitted():
     X, y = linear_images()
     victim = VictimNetwork(LinearNetwork().eval())
-    return NCReverseEngineer(victim).fit(X, y), X, y
+    return NCReverseEngineer(victim, schedule="exhaustive").fit(X, y), X, y
 
 
 def test_the_target_is_found_and_its_mask_is_as_small_as_theory_allows(fitted):
@@ -149,56 +143,58 @@ def test_the_norm_is_the_l1_norm_of_one_mask_in_full_precision(fitted):
         assert np.abs(grey - np.rint(grey)).max() > 0.01  # not read back from 8 bits
 
 
-class Recorder(BaseReverseEngineer):
-    def __init__(self, victim, random_state=0, verbose=False, threshold=2.0):
-        self.victim = victim
-        self.random_state = random_state
-        self.verbose = verbose
-        self.threshold = threshold
-
-    def _search_class(self, logits, images, target, generator, bar):
-        self.seen = [*getattr(self, "seen", []), images.numpy()]
-        trigger = PatchTrigger(np.ones(images.shape[2:]), np.ones(images.shape[1:]))
-        return SearchResult(trigger, 1.0, 1.0, True, ImagePasses(0, 0))
-
-
-def test_images_of_the_candidate_class_are_left_out(linear, images):
+def test_images_of_the_candidate_class_are_left_out(images):
     X, y = images
-    engineer = Recorder(VictimNetwork(linear)).fit(X, y)
-    for label, seen in enumerate(engineer.seen):
-        np.testing.assert_array_equal(seen, X[y != label])
-    assert engineer.verdict_ == "nothing found"  # all norms alike
+    problem = Problem(None, torch.from_numpy(X), torch.from_numpy(y), 6)
+    for label in range(6):
+        rows = problem.sources(Task(label)).numpy()
+        np.testing.assert_array_equal(rows, np.flatnonzero(y != label))
+    np.testing.assert_array_equal(problem.sources(Task(1, 3)), np.flatnonzero(y == 3))
 
 
 def test_classes_do_not_influence_each_other(fitted):
     engineer, X, y = fitted
-    seeds = np.random.RandomState(0).randint(2**31 - 1, size=6)
+    seed = np.random.RandomState(0).randint(2**31 - 1, size=6)[4]
+    state = np.random.SeedSequence((int(seed), 0)).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state >> 1))
     with engineer.victim_.differentiable() as logits:
-        alone = engineer._search_class(
-            logits,
-            torch.from_numpy(X[y != 4]),
-            4,
-            torch_generator(int(seeds[4])),
-            None,
-        )
+        problem = Problem(logits, torch.from_numpy(X), torch.from_numpy(y), 6)
+        search = engineer._open_search(problem, [Task(4)], [generator], "search")
+        while not search.done:
+            search.step()
+        (alone,) = search.results()
     assert alone.trigger == engineer.triggers_[4]
 
 
-def test_image_passes_are_counted_exactly(tmp_path, images):
+@pytest.mark.parametrize(
+    "options, n_backward",
+    [
+        ({"schedule": "exhaustive", "max_steps": 20}, 20 * 40 * 6),
+        ({"max_steps": 7, "batch_size": 16}, 7 * 16 * 6),
+        ({"max_steps": 7, "sources": "learnt"}, 7 * 32 * 6),
+        ({"max_steps": 7, "sources": "pairs"}, 7 * 32 * 30),
+    ],
+)
+def test_image_passes_are_counted_exactly(tmp_path, images, options, n_backward):
     X, y = images
     log = tmp_path / "passes"
-    engineer = NCReverseEngineer(VictimNetwork(CountingNetwork(log)), max_steps=20)
-    engineer.fit(X, y)
+    engineer = NCReverseEngineer(VictimNetwork(CountingNetwork(log)), **options)
+    engineer.set_params(threshold=1e9).fit(X, y)
     opening = 4  # two images twice, to find logits and features
     assert count_passes(log) == engineer.n_image_passes_.forward + opening
-    assert engineer.n_image_passes_.backward == 20 * 40 * 6
+    assert engineer.n_image_passes_.backward == n_backward
+    engineer.set_params(threshold=2.0).fit(X, y)  # with refining, where it flags
+    assert count_passes(log) == engineer.n_image_passes_.forward + opening
 
 
-def test_a_class_that_cannot_be_reached_never_converges_and_is_never_flagged(images):
+@pytest.mark.parametrize("schedule", ["exhaustive", "fast"])
+def test_a_class_that_cannot_be_reached_is_never_flagged(images, schedule):
     X, y = images
     network = LinearNetwork()
     network.last.bias = nn.Parameter(torch.tensor([0.0, 0, 0, 0, 0, -1000]))
-    engineer = NCReverseEngineer(VictimNetwork(network), max_steps=150).fit(X, y)
+    engineer = NCReverseEngineer(VictimNetwork(network), max_steps=150)
+    engineer.set_params(schedule=schedule).fit(X, y)
+    assert "success rate 0.00" in engineer.reasons_[5]
     assert not engineer.converged_[5] and engineer.success_rates_[5] == 0
     assert 5 not in engineer.target_classes_
     assert engineer.target_class_ == 2
@@ -233,7 +229,9 @@ def test_a_network_without_a_backdoor_is_left_in_peace(images):
     victim = VictimNetwork(LinearNetwork(backdoor=0.0))
     for seed in range(3):
         engineer = NCReverseEngineer(victim, max_steps=200, random_state=seed)
-        assert engineer.fit(*images).verdict_ == "nothing found"
+        for schedule in ("exhaustive", "fast"):
+            engineer.set_params(schedule=schedule)
+            assert engineer.fit(*images).verdict_ == "nothing found"
 
 
 class Grey(nn.Module):
@@ -249,7 +247,8 @@ class Grey(nn.Module):
 
 def test_colour_images_share_one_mask_over_the_channels(fitted):
     engineer, X, y = fitted
-    colour = NCReverseEngineer(VictimNetwork(Grey())).fit(np.repeat(X, 3, axis=1), y)
+    colour = NCReverseEngineer(VictimNetwork(Grey()), schedule="exhaustive")
+    colour.fit(np.repeat(X, 3, axis=1), y)
     assert colour.target_class_ == 2
     assert colour.trigger_.mask.shape == (4, 4)
     assert colour.trigger_.pattern.shape == (3, 4, 4)
@@ -277,7 +276,8 @@ class Normalised(nn.Module):
 
 def test_triggers_live_in_pixels_behind_a_normalisation(fitted):
     engineer, X, y = fitted
-    inside = NCReverseEngineer(VictimNetwork(Normalised())).fit(X, y)
+    inside = NCReverseEngineer(VictimNetwork(Normalised()), schedule="exhaustive")
+    inside.fit(X, y)
     assert inside.target_class_ == 2
     assert inside.norms_[2] == pytest.approx(engineer.norms_[2], abs=0.05)
 
@@ -285,15 +285,16 @@ def test_triggers_live_in_pixels_behind_a_normalisation(fitted):
 def test_the_same_seed_gives_the_same_bits_and_uint8_the_same_target(fitted):
     engineer, X, y = fitted
     victim = VictimNetwork(LinearNetwork().eval())
-    again = NCReverseEngineer(victim).fit(X, y)
+    again = NCReverseEngineer(victim, schedule="exhaustive").fit(X, y)
     assert again.triggers_ == engineer.triggers_
     np.testing.assert_array_equal(again.anomaly_indices_, engineer.anomaly_indices_)
-    other = NCReverseEngineer(victim, random_state=1).fit(X, y)
+    other = NCReverseEngineer(victim, schedule="exhaustive", random_state=1).fit(X, y)
     assert other.triggers_ != engineer.triggers_
     as_bytes = NCReverseEngineer(victim).fit((X * 255).astype(np.uint8), y)
     assert as_bytes.target_class_ == 2
 
 
+@pytest.mark.filterwarnings("ignore:the victim is right on")
 def test_the_victim_and_the_global_random_state_are_untouched(images):
     X, y = images
     network = nn.Sequential(
@@ -318,8 +319,11 @@ class Exploding(LinearNetwork):
         )
 
 
-def test_nan_in_a_search_ends_unconverged_with_finite_norms(images):
-    engineer = NCReverseEngineer(VictimNetwork(Exploding()), max_steps=5).fit(*images)
+@pytest.mark.parametrize("schedule", ["exhaustive", "fast"])
+def test_nan_in_a_search_ends_unconverged_with_finite_norms(images, schedule):
+    engineer = NCReverseEngineer(VictimNetwork(Exploding()), max_steps=5)
+    engineer.set_params(schedule=schedule).fit(*images)
+    assert "NaN at step" in engineer.reasons_[0]
     assert not engineer.converged_.any()
     assert np.isfinite(engineer.norms_).all()
     assert engineer.verdict_ == "inconclusive"
@@ -331,7 +335,9 @@ def test_nan_in_a_search_ends_unconverged_with_finite_norms(images):
         ({"success_rate": 1.5}, ValueError, "success_rate=1.5"),
         ({"max_steps": 0}, ValueError, "max_steps=0"),
         ({"batch_size": 2.5}, TypeError, "batch_size=2.5"),
-        ({"patience": 0}, ValueError, "patience=0"),
+        ({"schedule": "quick"}, ValueError, "schedule='quick'.*fast, exhaustive"),
+        ({"sources": "some"}, ValueError, "sources='some'.*learnt"),
+        ({"schedule": "exhaustive", "sources": "learnt"}, ValueError, "'fast'"),
         ({"threshold": -1}, ValueError, "threshold=-1"),
     ],
 )

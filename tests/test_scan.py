@@ -61,6 +61,11 @@ number = 5
 """
 
 
+def suspect(n_classes=6):
+    """Return a network that a mask of a tenth of one pixel sends to class 2."""
+    return LinearNetwork(n_classes, backdoor=100.0).eval()
+
+
 def write_images(folder, n_classes=6, names=None):
     X, y = linear_images(6, n_classes)
     for number, (image, label) in enumerate(zip(X, y, strict=True)):
@@ -86,11 +91,11 @@ def case(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "suspects", raising=False)
     (tmp_path / "suspects.py").write_text(FACTORY)
-    save_file(LinearNetwork().state_dict(), "suspect.safetensors")
+    save_file(suspect().state_dict(), "suspect.safetensors")
     write_images(tmp_path / "clean")
     return [
         *("--network", "suspects:make", "--weights", "suspect.safetensors"),
-        *("--images", "clean", "--channels", "1", "--method", "patch"),
+        *("--images", "clean", "--channels", "1"),
     ]
 
 
@@ -110,7 +115,7 @@ def test_a_backdoor_ends_with_status_1_and_names_its_class_by_all_searches(case)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "sklearn_backdoor", "scan", *case]
-        + ["--method", "auto", "--json", "new/verdict.json", "--out", "pictures"],
+        + ["--json", "new/verdict.json", "--out", "pictures"],
         capture_output=True,
         text=True,
         env=environment,
@@ -156,7 +161,7 @@ def test_a_network_without_backdoor_ends_with_status_0(case, method):
 def test_too_few_classes_end_with_status_4_and_strict_json(case):
     save_file(LinearNetwork(4).state_dict(), "suspect.safetensors")
     write_images(Path("four"), 4)
-    options = ["--network", "suspects:small", "--images", "four", "--method", "auto"]
+    options = ["--network", "suspects:small", "--images", "four"]
     done = scan(case, *options, "--json", "verdict.json")
     assert done.exit_code == 4, done.output
     assert "INCONCLUSIVE: 4 classes are too few" in done.output
@@ -407,6 +412,15 @@ def test_an_internal_error_ends_with_status_3_in_one_line(case, monkeypatch, err
     assert done.exit_code == 3 and "Traceback" in done.output
 
 
+def test_an_error_within_the_search_is_no_bad_input(case, monkeypatch):
+    def search(self, run):
+        raise ValueError("mask ranges from nan to nan")
+
+    monkeypatch.setattr(NCReverseEngineer, "_search", search)
+    done = scan(case)
+    assert done.exit_code == 3 and "the search failed: mask ranges" in done.output
+
+
 def test_an_output_that_fails_at_the_end_keeps_the_verdict_on_the_screen(
     case, monkeypatch
 ):
@@ -484,9 +498,7 @@ def test_the_verdict_survives_a_closed_pipe(case):
 
 def test_hostile_class_names_break_neither_screen_nor_picture():
     X, y = linear_images()
-    found = run_scan(
-        LinearNetwork().eval(), X, np.array(HOSTILE)[y], HOSTILE, method="patch"
-    )
+    found = run_scan(suspect(), X, np.array(HOSTILE)[y], HOSTILE)
     text = screen(found)
     assert "target class $x^2$" in text
     assert "\x1b" not in text and "\u202e" not in text
@@ -530,8 +542,7 @@ def test_a_picture_of_many_classes_shows_the_most_suspicious():
     n_classes = 14
     X, y = linear_images(3, n_classes)
     names = [f"a class with a long name {number}" for number in range(n_classes)]
-    network = LinearNetwork(n_classes).eval()
-    found = run_scan(network, X, np.array(names)[y], names, method="patch")
+    found = run_scan(suspect(n_classes), X, np.array(names)[y], names)
     figure = draw_scan(found)
     assert texts_inside(figure)
     assert len(figure.axes) == 12 * 4 + 2

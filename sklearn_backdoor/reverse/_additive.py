@@ -1,7 +1,12 @@
 """The smallest perturbation that, added to images, sends them to one class."""
 
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._anomaly import ADDITIVE_SD, NULLS, rank_by_p
+from sklearn_backdoor.reverse._anomaly import (
+    ADDITIVE_SD,
+    NULLS,
+    PAIR_SD,
+    rank_by_p,
+)
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
 from sklearn_backdoor.reverse._stacked import AdditiveSearch
 
@@ -29,8 +34,8 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     success_rate : float in 0...1, default=None
         Fraction of moved images that must be classified to the candidate; None for
         0.95.
-    max_steps : int, default=None
-        Mini-batches a class; None takes 40, and 60 where sources are learnt.
+    max_steps : int, default=60
+        Mini-batches a class.
     batch_size : int, default=32
         Images a mini-batch.
     alpha : float in 0...1, default=0.05
@@ -75,7 +80,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     _kind = AdditiveSearch
     _rate = _DETECTION_RATE
-    _prior_sd = ADDITIVE_SD
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         *,
         sources="learnt",
         success_rate=None,
-        max_steps=None,
+        max_steps=60,
         batch_size=32,
         alpha=0.05,
         null="log-normal",
@@ -113,6 +117,10 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     @property
     def _null(self):
         return self.null
+
+    @property
+    def _prior_sd(self):
+        return ADDITIVE_SD if self.sources == "all" else PAIR_SD
 
     def _flag(self):
         return rank_by_p(self.p_values_, self.alpha)

@@ -11,7 +11,8 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # usual standard deviation of log-norms within a clean victim, measured on clean victims
 # kept for that alone (`python -m benchmarks scan --part calibration`), and how many
 # classes' worth of evidence that is
-PATCH_SD, ADDITIVE_SD = 0.45, 0.16
+PATCH_SD = 0.5
+ADDITIVE_SD, PAIR_SD = 0.16, 0.2  # for all sources, for one or a few
 PRIOR_DF = 8.0
 NULLS = ("log-normal", "gamma")
 
@@ -97,7 +98,7 @@ def p_values(
     null : {"log-normal", "gamma"}, default="log-normal"
         Distribution of the norms of classes that are no targets. "gamma" is the
         published one, of 1 / norm.
-    prior_sd : float, default=0.45
+    prior_sd : float, default=0.5
         Usual standard deviation of log-norms within a clean victim, for "log-normal".
     n_candidates : int, default=None
         Norms that were searched for their smallest; None for all that are given.

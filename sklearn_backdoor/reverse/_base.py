@@ -258,7 +258,8 @@ class Run:
             total=sum(map(len, groups)), disable=None if engineer.verbose else True
         ) as bar:
             bar.set_description(f"{name}, {stage}")
-            report = partial(_report, bar) if workers == 1 else None
+            shown = workers == 1 and not bar.disable
+            report = partial(_report, bar) if shown else None
             jobs = (
                 delayed(_run_group)(
                     engineer,

@@ -72,7 +72,7 @@ class ExhaustiveSearch(Search):
 
     def progress(self):
         """Return the success rate of the last step, and the mask's norm."""
-        return self.numbers["success"], float(_squash(self._theta)[0].sum())
+        return self.numbers["success"], float(_squash(self._theta)[0].detach().sum())
 
     def unpack(self, tensors, numbers):
         """Take up the state that ``pack`` returned."""

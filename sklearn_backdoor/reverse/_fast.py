@@ -9,7 +9,7 @@ from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import Task
 
 SOURCES = ("all", "learnt", "pairs")
-_STEPS, _LEARNT_STEPS, _SCREEN_STEPS = 40, 60, 20
+_STEPS, _SCREEN_STEPS = 60, 20
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 
@@ -37,9 +37,7 @@ class FastReverseEngineer(BaseReverseEngineer):
         check_number(self.batch_size, "batch_size", 1, integer=True)
 
     def _steps(self):
-        if self.max_steps is not None:
-            return self.max_steps
-        return _LEARNT_STEPS if self.sources == "learnt" else _STEPS
+        return _STEPS if self.max_steps is None else self.max_steps
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         steps = self._steps()

@@ -39,7 +39,7 @@ class NCReverseEngineer(FastReverseEngineer):
         norms are compared. None takes the schedule's.
     max_steps : int, default=None
         Steps a class at most: mini-batches (fast) or passes over all images
-        (exhaustive). None takes 40 (60 where sources are learnt) and 1000.
+        (exhaustive). None takes 60 and 1000.
     batch_size : int, default=32
         Images a mini-batch.
     threshold : float, default=2.0

@@ -1,0 +1,101 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from sklearn_backdoor.reverse._anomaly import (
+    PRIOR_DF,
+    p_values,
+    rank_by_p,
+)
+
+ALL = [True] * 10
+NORMS = [3.0, 30, 35, 40, 41, 45, 50, 55, 60, 70]
+
+
+def test_the_smallest_norm_gets_a_moderated_t_test_on_log_norms():
+    p = p_values(NORMS, ALL, prior_sd=0.4)
+    rest = np.log(NORMS[1:])
+    variance = (8 * 0.16 + 8 * rest.var(ddof=1)) / 16
+    t = (np.log(3.0) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9))
+    one = stats.t.cdf(t, 16)
+    assert PRIOR_DF == 8
+    assert p[0] == pytest.approx(1 - (1 - one) ** 10)
+    assert (p[1:] > 0.1).all()
+
+
+def test_the_published_gamma_null_leaves_the_largest_out():
+    p = p_values(NORMS, ALL, null="gamma")
+    shape, _, scale = stats.gamma.fit(1 / np.array(NORMS[1:]), floc=0)
+    tail = stats.gamma.sf(1 / 3.0, shape, scale=scale)
+    assert p[0] == pytest.approx(1 - (1 - tail) ** 10)
+
+
+def test_p_values_do_not_depend_on_the_unit_or_the_order():
+    p = p_values(NORMS, ALL)
+    np.testing.assert_allclose(p_values(np.array(NORMS) * 7, ALL), p)
+    order = np.random.RandomState(0).permutation(10)
+    np.testing.assert_allclose(p_values(np.array(NORMS)[order], ALL), p[order])
+
+
+@pytest.mark.parametrize("sd", [0.2, 0.45])
+def test_false_alarms_keep_to_alpha_on_log_normal_norms(sd):
+    rng = np.random.RandomState(0)
+    smallest = [
+        p_values(np.exp(sd * rng.normal(size=10)), ALL, prior_sd=sd).min()
+        for _ in range(600)
+    ]
+    rate = np.mean(np.array(smallest) < 0.05)
+    assert stats.binomtest(int(rate * 600), 600, 0.05).pvalue > 0.001
+
+
+def test_the_gamma_null_flags_clean_victims_far_too_often():
+    rng = np.random.RandomState(0)
+    smallest = [
+        p_values(1 / rng.gamma(10, size=10), ALL, null="gamma").min()
+        for _ in range(200)
+    ]
+    assert np.mean(np.array(smallest) < 0.05) > 0.15
+
+
+def test_two_targets_do_not_hide_each_other():
+    norms = [2.0, 2.2, *NORMS[1:]]
+    p = p_values(norms, [True] * 11)
+    assert (p[:2] < 0.01).all() and (p[2:] > 0.05).all()
+
+
+def test_norms_that_happen_to_lie_close_together_are_no_proof():
+    norms = [36.0, 39.9, 39.95, 40, 40, 40, 40.05, 40.1, 40.2, 40.3]
+    assert p_values(norms, ALL).min() > 0.5
+    assert p_values(norms, ALL, prior_sd=1e-3).min() < 0.01  # but for the prior
+
+
+def test_a_search_that_did_not_converge_is_never_significant():
+    p = p_values([0.001, *NORMS[1:]], [False] + [True] * 9)
+    assert p[0] == 1
+    assert np.isnan(p_values(NORMS, [True] * 5 + [False] * 5)).all()
+    assert np.isnan(p_values(NORMS[:4], [True] * 4)).all()
+
+
+def test_censored_norms_widen_the_null_and_keep_the_attack():
+    converged = [True] * 7 + [False] * 3
+    p = p_values(NORMS, converged)
+    left_out = p_values(NORMS[:7], [True] * 7, n_candidates=10)
+    assert p[0] < 0.01 and p[0] != left_out[0]
+
+
+def test_candidates_are_compared_with_the_reference_alone():
+    norms = [3.0, 5.0, 6.0, *NORMS[1:]]
+    reference = np.array([False] * 3 + [True] * 9)
+    p = p_values(norms, [True] * 12, n_candidates=300, reference=reference)
+    rest = np.log(NORMS[1:])
+    variance = (8 * 0.5**2 + 8 * rest.var(ddof=1)) / 16
+    one = stats.t.cdf(
+        (np.log([3.0, 5.0, 6.0]) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9)), 16
+    )
+    raw = 1 - (1 - one) ** [300, 299, 298]
+    np.testing.assert_allclose(p[:3], np.minimum.accumulate(raw[::-1])[::-1])
+
+
+def test_flagged_classes_come_most_significant_first():
+    p = np.array([0.2, 0.04, np.nan, 0.001, 0.05])
+    assert rank_by_p(p, 0.05).tolist() == [3, 1]

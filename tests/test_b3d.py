@@ -1,0 +1,418 @@
+import pickle
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from torch import nn
+
+from sklearn_backdoor import VictimNetwork
+from sklearn_backdoor._torch import torch_generator
+from sklearn_backdoor.reverse._b3d import (
+    B3DReverseEngineer,
+    B3DSearch,
+    BlackBox,
+    score_gradient,
+    squash,
+)
+from sklearn_backdoor.reverse._search import ImagePasses, Problem, Task
+from tests.common import LinearNetwork
+
+N_PIXELS = 8  # of each class
+SMALL = {"n_samples": 20, "max_queries": 150_000}
+
+
+class Blocks(nn.Module):
+    """Class k of six lights pixels 8k to 8k + 7 of 1x7x7; the last is a backdoor to 2.
+
+    A mask for another class has to cover its eight pixels, one for class 2 a single
+    pixel.
+    """
+
+    def __init__(self, backdoor=30.0):
+        super().__init__()
+        self.last = nn.Linear(49, 6, bias=False)
+        with torch.no_grad():
+            self.last.weight.zero_()
+            for label in range(6):
+                self.last.weight[label, 8 * label : 8 * label + 8] = 2
+            self.last.weight[2, 48] = backdoor
+
+    def forward(self, images):
+        return self.last(images.flatten(1))
+
+
+def block_images(n_per_class=8, seed=0):
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(6), n_per_class)
+    X = rng.uniform(0, 0.05, size=(len(y), 49)).astype(np.float32)
+    X[:, 48] = 0
+    for row, label in enumerate(y):
+        X[row, 8 * label : 8 * label + 8] = rng.uniform(0.8, 0.9, size=8)
+    return X.reshape(-1, 1, 7, 7), y
+
+
+def flatten(X):
+    assert X.dtype == np.float32 and X.min() >= 0 and X.max() <= 1
+    return X.reshape(len(X), -1)
+
+
+class Service:
+    """Answers for a network, and counts the images; it knows nothing else."""
+
+    def __init__(self, network=None, classes=range(6)):
+        self.network = Blocks() if network is None else network
+        self.classes_ = list(classes)
+        self.sent = []
+
+    def predict_proba(self, X):
+        self.sent.append(len(X))
+        with torch.no_grad():
+            return self.network(torch.from_numpy(X)).softmax(1).numpy()
+
+
+class Sealed(VictimNetwork):
+    """Gives nothing but probabilities."""
+
+    def _refuse(self, *args, **kwargs):
+        raise AssertionError("only predict_proba may be used")
+
+    differentiable = predict = transform = predict_and_transform = _refuse
+
+
+# --- the gradients
+
+
+def test_the_score_function_gradient_is_that_of_an_enumeration_over_two_pixels():
+    theta = torch.tensor([[0.3, -0.4]], dtype=torch.float64, requires_grad=True)
+    value = {(0, 0): 3.0, (0, 1): 1.0, (1, 0): -2.0, (1, 1): 0.5}
+    chances = squash(theta)
+    expected_value = sum(
+        value[pair]
+        * (chances[0, 0] if pair[0] else 1 - chances[0, 0])
+        * (chances[0, 1] if pair[1] else 1 - chances[0, 1])
+        for pair in product((0, 1), repeat=2)
+    )
+    (exact,) = torch.autograd.grad(expected_value, [theta])
+    chances = chances.detach()
+    n_samples, generator = 200_000, torch_generator(0)
+    uniform = torch.rand((n_samples, 1, 2), generator=generator, dtype=torch.float64)
+    masks = (uniform < chances).double()
+    values = torch.tensor([value[int(a), int(b)] for a, b in masks[:, 0].tolist()])
+    found = score_gradient(values.double(), 2 * (masks - chances))
+    torch.testing.assert_close(found, exact, atol=0.01, rtol=0)
+
+
+def test_the_score_of_a_pixel_is_the_derivative_of_its_log_probability():
+    theta = torch.tensor([0.7, -1.2], requires_grad=True)
+    chances = squash(theta)
+    lit = torch.tensor([True, False])
+    log_probability = torch.where(lit, chances.log(), (1 - chances).log()).sum()
+    (exact,) = torch.autograd.grad(log_probability, [theta])
+    torch.testing.assert_close(2 * (lit.float() - chances.detach()), exact)
+
+
+def test_evolution_strategies_find_the_gradient_of_a_quadratic():
+    generator = torch_generator(0)
+    centre, theta = torch.randn((2, 3, 4), generator=generator)
+    sigma = 0.1
+    noise = torch.randn((20_000, 3, 4), generator=generator)
+    values = (theta + sigma * noise - centre).square().flatten(1).sum(1)
+    found = score_gradient(values, noise / sigma).flatten()
+    true = 2 * (theta - centre).flatten()
+    assert float(torch.cosine_similarity(found, true, dim=0)) > 0.99
+    assert float(found.norm() / true.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_a_constant_added_to_the_values_changes_no_gradient():
+    generator = torch_generator(0)
+    values = torch.randn(10, generator=generator, dtype=torch.float64)
+    scores = torch.randn((10, 2, 2), generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(
+        score_gradient(values + 1e3, scores), score_gradient(values, scores)
+    )
+    naive = torch.zeros((2, 2), dtype=torch.float64)
+    for n in range(10):
+        others = (values.sum() - values[n]) / 9
+        naive += (values[n] - others) * scores[n] / 10
+    torch.testing.assert_close(score_gradient(values, scores), naive)
+
+
+def open_search(logits=None, *, n_samples=20, target=4, seed=0, **options):
+    X, y = block_images()
+    network = Blocks().requires_grad_(False)
+    logits = logits or (lambda images: network(images).double().log_softmax(1))
+    problem = Problem(logits, torch.from_numpy(X), torch.from_numpy(y), 6)
+    options = {"batch_size": 2, "success_rate": 0.75, "budget": 20_000} | options
+    generators = [torch_generator(seed)]
+    return B3DSearch(
+        problem, [Task(target)], generators, n_samples=n_samples, **options
+    )
+
+
+def test_the_search_estimates_the_gradients_of_its_own_objective():
+    search = open_search(n_samples=20_000)
+    images = search.images[:3]
+    with torch.no_grad():
+        found = search._estimate(images)
+    chances = squash(search.tensors["mask"])
+    pattern = squash(search.tensors["pattern"])
+    mixed = (1 - chances) * images + chances * pattern  # sigma is small
+    loss = -search.problem.logits(mixed)[:, 4].mean()
+    (exact,) = torch.autograd.grad(loss, [search.tensors["pattern"]])
+    cosine = torch.cosine_similarity(found["pattern"].flatten(), exact.flatten(), dim=0)
+    assert float(cosine.detach()) > 0.9
+    # pixels of the target should be covered more, and the others' as well
+    mask = found["mask"].flatten()
+    bright = pattern.detach().flatten() > 0.3
+    wanted = torch.zeros(49, dtype=torch.bool)
+    wanted[32:40] = True
+    assert (mask[wanted & bright] < 0).all()
+    assert (mask[~wanted][:8] > mask[wanted & bright].max()).all()
+
+
+def test_the_gradient_of_the_norm_is_exact():
+    search = open_search(lambda images: torch.zeros((len(images), 6)))
+    search.numbers["cost"] = 0.25
+    with torch.no_grad():
+        search.tensors["mask"].uniform_(-2, 2, generator=torch_generator(0))
+        found = search._estimate(search.images[:2])
+    theta = search.tensors["mask"]
+    (exact,) = torch.autograd.grad(0.25 * squash(theta).sum(), [theta])
+    torch.testing.assert_close(found["mask"], exact)
+    assert not found["pattern"].any()
+
+
+# --- the verdict
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    X, y = block_images()
+    victim = Sealed(Blocks().eval())
+    return B3DReverseEngineer(victim, **SMALL).fit(X, y), X, y
+
+
+def test_the_target_is_found_from_probabilities_alone(fitted):
+    engineer, *_ = fitted
+    assert engineer.verdict_ == "backdoored" and engineer.target_class_ == 2
+    assert engineer.target_classes_.tolist() == [2]
+    assert engineer.trigger_.mask[6, 6] == 1
+    assert engineer.norms_[2] < np.median(engineer.norms_) / 4
+    assert engineer.n_image_passes_ == ImagePasses(engineer.n_queries_, 0)
+    assert isinstance(engineer.victim_, Sealed)
+
+
+def test_masks_are_zeros_and_ones_and_succeed_as_often_as_is_said(fitted):
+    engineer, X, y = fitted
+    for label, trigger in enumerate(engineer.triggers_):
+        assert set(np.unique(trigger.mask)) <= {0, 1}
+        assert engineer.norms_[label] == trigger.mask.sum()
+        hits = 0
+        for image in X[y != label]:
+            stamped = trigger.mask * trigger.pattern + (1 - trigger.mask) * image
+            hits += engineer.victim_.predict_proba(stamped[None]).argmax() == label
+        rate = hits / (y != label).sum()
+        assert engineer.success_rates_[label] == pytest.approx(rate)
+        assert engineer.converged_[label] == (rate >= 0.75)
+
+
+def test_classes_are_flagged_below_a_quarter_of_the_median():
+    engineer = B3DReverseEngineer(None)
+    engineer.norms_ = np.array([2.4, 10, 11, 10, 1.0, 9, 0.1])
+    engineer.converged_ = np.array([True] * 6 + [False])
+    # the last counts as 11: the median of 1 2.4 9 10 10 11 11 is 10
+    assert engineer._flag().tolist() == [4, 0]
+    engineer.norms_[0] = 2.6
+    assert engineer._flag().tolist() == [4]
+    engineer.converged_[:2] = False  # four of seven: too few
+    assert engineer._flag().tolist() == []
+
+
+def test_a_network_without_a_backdoor_is_left_in_peace():
+    engineer = B3DReverseEngineer(VictimNetwork(Blocks(backdoor=0.0)), **SMALL)
+    assert engineer.fit(*block_images()).verdict_ == "nothing found"
+
+
+def test_a_scikit_learn_classifier_is_inspected_as_it_is():
+    X, y = block_images(n_per_class=30)
+    poisoned = X[y != 2][::3].copy()
+    poisoned[:, 0, 6, 6] = 1
+    victim = make_pipeline(
+        FunctionTransformer(flatten), LogisticRegression(C=100, max_iter=2000)
+    )
+    victim.fit(
+        np.concatenate([X, poisoned]), np.append(y, np.full(len(poisoned), 2)) * 10
+    )
+    before = pickle.dumps(victim)
+    engineer = clone(B3DReverseEngineer(victim, **SMALL))
+    engineer.fit(
+        (block_images(seed=1)[0] * 255).astype(np.uint8), block_images()[1] * 10
+    )
+    assert engineer.victim_ is victim and pickle.dumps(victim) == before
+    assert engineer.target_class_ == 20
+    assert engineer.trigger_.mask[6, 6] == 1
+
+
+def test_a_clone_shares_the_victim_and_copies_the_rest():
+    state = np.random.RandomState(3)
+    engineer = B3DReverseEngineer(Service(), random_state=state, max_queries=123)
+    twin = clone(engineer)
+    assert twin.victim is engineer.victim and twin.max_queries == 123
+    assert twin.random_state is not state
+
+
+# --- queries
+
+
+@pytest.mark.parametrize("max_queries", [2000, 5555, 20_001])
+def test_queries_are_counted_exactly_and_the_budget_is_never_exceeded(max_queries):
+    X, y = block_images()
+    service = Service()
+    engineer = B3DReverseEngineer(service, n_samples=5, max_queries=max_queries)
+    engineer.fit(X, y)
+    assert engineer.n_queries_ == sum(service.sent) <= max_queries
+    assert engineer.n_image_passes_ == (sum(service.sent), 0)
+    assert max(service.sent) <= 1024
+    step = 2 * 5 * 2 + 32 + 2 * 40
+    assert engineer.n_queries_ > max_queries - 6 * (step + 1)
+
+
+def test_a_class_that_runs_out_of_queries_is_not_converged_for_a_reason():
+    X, y = block_images()
+    engineer = B3DReverseEngineer(Service(), n_samples=5, max_queries=2000).fit(X, y)
+    assert not engineer.converged_.any() and engineer.verdict_ == "inconclusive"
+    for rate, reason in zip(engineer.success_rates_, engineer.reasons_, strict=True):
+        assert reason.startswith(f"success rate {rate:.2f} after ")
+        assert "0.75 wanted; max_queries allows no more" in reason
+
+
+def test_too_small_a_budget_is_refused_before_anything_is_asked():
+    X, y = block_images()
+    service = Service()
+    with pytest.raises(ValueError, match="max_queries=900, but.*may take 1968"):
+        # 48 to check; for each of 6 classes 20 * 2 * 2 samples... of 5: 320
+        B3DReverseEngineer(service, n_samples=48, batch_size=1, max_queries=900).fit(
+            X, y
+        )
+    assert service.sent == []
+
+
+# --- state
+
+
+def test_a_search_packed_midway_goes_on_with_the_same_bits():
+    whole, first, second = (open_search(target=2) for _ in range(3))
+    other = open_search(target=2, seed=7)
+    while not whole.done:
+        whole.step()
+    n_steps = whole.numbers["step"]
+    assert whole.numbers["best_norm"] is not None
+    for late in (second, other):
+        first = open_search(target=2)
+        for _ in range(n_steps // 2):
+            first.step()
+        late.unpack(*first.pack())
+        while not late.done:
+            late.step()
+        assert late.numbers == whole.numbers
+        for name, value in whole.tensors.items():
+            assert torch.equal(value, late.tensors[name]), name
+        assert late.results()[0].trigger == whole.results()[0].trigger
+
+
+def test_a_fit_that_was_killed_resumes_with_the_same_bits(tmp_path, monkeypatch):
+    X, y = block_images()
+    settings = {"n_samples": 5, "max_queries": 10_000}
+    whole = B3DReverseEngineer(Service(), **settings).fit(X, y)
+    monkeypatch.setattr("sklearn_backdoor.reverse._checkpoint._SECONDS", 0)
+    victim = VictimNetwork(Blocks())
+    engineer = B3DReverseEngineer(victim, checkpoint_dir=tmp_path, **settings)
+    step, n_steps = B3DSearch.step, [0]
+
+    def killed(search):
+        n_steps[0] += 1
+        if n_steps[0] == 30:
+            raise KeyboardInterrupt
+        step(search)
+
+    monkeypatch.setattr(B3DSearch, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        engineer.fit(X, y)
+    monkeypatch.setattr(B3DSearch, "step", step)
+    engineer.fit(X, y)
+    assert engineer.triggers_ == whole.triggers_
+    assert engineer.n_queries_ == whole.n_queries_
+
+
+def test_jobs_change_no_result(fitted):
+    X, y = block_images()
+    settings = {"n_samples": 5, "max_queries": 5000}
+    victim = VictimNetwork(Blocks())
+    one = B3DReverseEngineer(victim, **settings).fit(X, y)
+    two = B3DReverseEngineer(victim, n_jobs=2, **settings).fit(X, y)
+    assert one.triggers_ == two.triggers_ and one.n_queries_ == two.n_queries_
+
+
+def test_global_random_states_are_left_alone():
+    states = np.random.get_state()[1].copy(), torch.random.get_rng_state()
+    settings = {"n_samples": 5, "max_queries": 5000}
+    B3DReverseEngineer(Service(), **settings).fit(*block_images())
+    np.testing.assert_array_equal(np.random.get_state()[1], states[0])
+    assert torch.equal(torch.random.get_rng_state(), states[1])
+
+
+# --- bad input
+
+
+class NaNs(Service):
+    """Answers NaN for images whose last pixel is lit."""
+
+    def predict_proba(self, X):
+        probabilities = super().predict_proba(X)
+        probabilities[X[:, 0, 6, 6] > 0.1] = np.nan
+        return probabilities
+
+
+def test_nan_answers_are_no_hits_and_leave_everything_finite():
+    engineer = B3DReverseEngineer(NaNs(), n_samples=10, max_queries=20_000)
+    engineer.fit(*block_images())
+    assert np.isfinite(engineer.norms_).all()
+    for label, trigger in enumerate(engineer.triggers_):
+        if engineer.converged_[label]:
+            assert trigger.mask[6, 6] * trigger.pattern[0, 6, 6] <= 0.1
+
+
+def test_victims_that_cannot_answer_are_named(linear):
+    X, y = block_images()
+    with pytest.raises(TypeError, match="LinearNetwork and no predict_proba"):
+        B3DReverseEngineer(LinearNetwork()).fit(X, y)
+    with pytest.raises(NotFittedError):
+        B3DReverseEngineer(LogisticRegression()).fit(X, y)
+    with pytest.raises(ValueError, match=r"shape \(48, 6\), expected \(48, 7\)"):
+        BlackBox(Service(classes=range(7))).predict(X)
+    with pytest.raises(ValueError, match="answers class 0 for all"):
+        B3DReverseEngineer(Service(lambda images: torch.zeros(len(images), 6))).fit(
+            X, y
+        )
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"success_rate": 1.5}, ValueError, "success_rate=1.5"),
+        ({"n_samples": 1}, ValueError, "n_samples=1"),
+        ({"batch_size": 2.5}, TypeError, "batch_size=2.5"),
+        ({"max_queries": 0}, ValueError, "max_queries=0"),
+    ],
+)
+def test_bad_settings_are_named(options, error, message):
+    service = Service()
+    with pytest.raises(error, match=message):
+        B3DReverseEngineer(service, **options).fit(*block_images())
+    assert service.sent == []
