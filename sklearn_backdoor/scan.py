@@ -5,7 +5,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,7 @@ METHODS = {
     "b3d": "B3DReverseEngineer",
 }
 STATUS = {"nothing found": 0, "backdoored": 1, "inconclusive": 4}
-_N_ROWS = 10
-_NEEDED = 5  # converged classes, for any statistic
+_N_ROWS, _NEEDED = 10, 5  # classes shown; converged, for any statistic
 
 
 class Rule(NamedTuple):
@@ -44,11 +43,8 @@ class Scan:
 
     Attributes
     ----------
-    engineer : fitted reverse engineer
-    method : str
-        A key of ``METHODS``.
-    X, y : ndarray
-        The clean images and their labels.
+    engineer, method, X, y
+        The fitted engineer, its key in ``METHODS``, images and labels.
     table : pandas.DataFrame
         A row a search and class.
     summary : pandas.DataFrame
@@ -57,7 +53,6 @@ class Scan:
         search) and ``flagged_by``.
     accuracy : float in 0...1
         Of the network on the clean images.
-    image_passes, seconds, notes, settings
     """
 
     engineer: Any
@@ -69,8 +64,8 @@ class Scan:
     accuracy: float
     image_passes: dict
     seconds: float
-    notes: list = field(default_factory=list)
-    settings: dict = field(default_factory=dict)
+    notes: list
+    settings: dict
 
     @property
     def verdict(self):
@@ -224,10 +219,9 @@ def _tabulate(engineer, method):
 
 def _summarise(engineer, table, method):
     """Return the row that speaks for each class, the most suspicious class first."""
-    table = table.copy()
     limits = table["norm"].where(table["converged"], np.inf)
     medians = limits.groupby(table["method"]).transform("median")
-    table["relative"] = limits / medians.where(np.isfinite(medians))
+    table = table.assign(relative=limits / medians.where(np.isfinite(medians)))
     table["position"] = table["class"].map(
         {label: number for number, label in enumerate(engineer.classes_)}
     )
@@ -364,8 +358,7 @@ def to_json(scan):
     """
     counts = Counter(scan.y.tolist())
     classes = scan.engineer.classes_.tolist()
-    settings = dict(scan.settings)
-    digest = settings.pop("weights_sha256", None)
+    digest = scan.settings.get("weights_sha256")
     return _plain(
         {
             "format": 1,
@@ -384,7 +377,7 @@ def to_json(scan):
             "seconds": scan.seconds,
             "notes": scan.notes,
             "weights_sha256": digest,
-            "settings": settings,
+            "settings": scan.settings,
             "versions": {
                 "sklearn_backdoor": sklearn_backdoor.__version__,
                 "python": platform.python_version(),

@@ -394,7 +394,7 @@ def test_bad_options_end_with_status_2(case, options, words):
 
 def test_a_method_that_is_missing_is_refused(case, monkeypatch):
     monkeypatch.delattr(scanning.reverse, "NCReverseEngineer")
-    refused(scan(case), "not in this version")
+    refused(scan(case, "--method", "patch"), "not in this version")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a\x1bb\nc"), SystemExit(0)])
@@ -402,7 +402,7 @@ def test_an_internal_error_ends_with_status_3_in_one_line(case, monkeypatch, err
     def fit(self, X, y):
         raise error
 
-    monkeypatch.setattr(NCReverseEngineer, "fit", fit)
+    monkeypatch.setattr(AutoReverseEngineer, "fit", fit)
     done = scan(case)
     assert done.exit_code == 3
     last = done.output.splitlines()[-1]
@@ -413,10 +413,10 @@ def test_an_internal_error_ends_with_status_3_in_one_line(case, monkeypatch, err
 
 
 def test_an_error_within_the_search_is_no_bad_input(case, monkeypatch):
-    def search(self, run):
+    def _search(self, run):
         raise ValueError("mask ranges from nan to nan")
 
-    monkeypatch.setattr(NCReverseEngineer, "_search", search)
+    monkeypatch.setattr(NCReverseEngineer, "_search", _search)
     done = scan(case)
     assert done.exit_code == 3 and "the search failed: mask ranges" in done.output
 

@@ -30,7 +30,7 @@ def open_search(weights, *, kind=TABORSearch, n_channels=1, **options):
     )
     tasks = [Task(2), Task(4)]
     generators = [torch_generator(seed) for seed in (0, 1)]
-    options = {"steps": 6, "batch_size": 8} | options
+    options = {"steps": 6, "batch_size": 8, "success_rate": 0.75} | options
     if kind is TABORSearch:
         options["weights"] = NONE | weights
     return kind(problem, tasks, generators, **options)

@@ -12,7 +12,7 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # kept for that alone (`python -m benchmarks scan --part calibration`), and how many
 # classes' worth of evidence that is
 PATCH_SD = 0.5
-ADDITIVE_SD, PAIR_SD = 0.16, 0.2  # for all sources, for one or a few
+ADDITIVE_SD, PAIR_SD = 0.16, 0.3  # for all sources, for one or a few
 PRIOR_DF = 8.0
 NULLS = ("log-normal", "gamma")
 
