@@ -16,7 +16,9 @@ from sklearn_backdoor.metrics import (
 from sklearn_backdoor.reverse import (
     AdditiveReverseEngineer,
     AutoReverseEngineer,
+    B3DReverseEngineer,
     NCReverseEngineer,
+    TABORReverseEngineer,
 )
 from sklearn_backdoor.triggers import (
     AdditiveTrigger,
@@ -34,10 +36,12 @@ __all__ = [
     "AdditiveReverseEngineer",
     "AdditiveTrigger",
     "AutoReverseEngineer",
+    "B3DReverseEngineer",
     "BackdoorGuard",
     "BackdoorTriggerClassifier",
     "NCReverseEngineer",
     "PatchTrigger",
+    "TABORReverseEngineer",
     "TriggerEmbedder",
     "VictimNetwork",
     "asr_score",

@@ -144,9 +144,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                 )
             return None, "backdoored", {self.target_class: self.trigger}
         if self.trigger is None:
-            engineer = AutoReverseEngineer(
-                self.victim, random_state=self.random_state
-            )
+            engineer = AutoReverseEngineer(self.victim, random_state=self.random_state)
         else:
             engineer = check_engineer(self.trigger)
         engineer = seeded_clone(engineer, self.random_state).fit(X, y)

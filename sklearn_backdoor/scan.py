@@ -86,14 +86,16 @@ class Scan:
     def rule(self):
         """What the search flags by."""
         engineer = self.engineer
-        if hasattr(engineer, "alpha"):
+        threshold = getattr(engineer, "threshold", None)
+        if threshold is not None:
+            words = f"anomaly index of a small norm above {threshold:g}"
+            return Rule("anomaly_index", threshold, words)
+        if hasattr(engineer, "alpha") or hasattr(engineer, "threshold"):
+            alpha = getattr(engineer, "alpha", 0.05)
             n_searches = self.table["method"].nunique()
             corrected = f", corrected for {n_searches} searches," * (n_searches > 1)
-            words = f"p-value{corrected} below {engineer.alpha:g}"
-            return Rule("p_corrected", engineer.alpha, words)
-        if hasattr(engineer, "threshold"):
-            words = f"anomaly index of a small norm above {engineer.threshold:g}"
-            return Rule("anomaly_index", engineer.threshold, words)
+            words = f"p-value{corrected} below {alpha:g}"
+            return Rule("p_corrected", alpha, words)
         return Rule("relative", 0.25, "norm below a quarter of the median")
 
 

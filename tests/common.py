@@ -96,7 +96,7 @@ def corner_trigger():
 def image_estimators():
     """Return the estimators of images, each on `LinearNetwork`, for shared checks."""
     victim = VictimNetwork(LinearNetwork().eval())
-    engineer = NCReverseEngineer(victim, max_steps=60)
+    engineer = NCReverseEngineer(victim, schedule="exhaustive", max_steps=60)
     return [
         victim,
         TriggerEmbedder(corner_trigger(), target_class=2),

@@ -23,15 +23,13 @@ from sklearn_backdoor.reverse._b3d import (
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, Task
 from tests.common import LinearNetwork
 
-N_PIXELS = 8  # of each class
 SMALL = {"batch_size": 1, "max_queries": 60_000}
 
 
 class Blocks(nn.Module):
     """Class k of six lights pixels 8k to 8k + 7 of 1x7x7; the last is a backdoor to 2.
 
-    A mask for another class has to cover its eight pixels, one for class 2 a single
-    pixel.
+    A mask for class 2 needs one pixel, for another class its eight or nearly.
     """
 
     def __init__(self, backdoor=30.0):
@@ -77,12 +75,18 @@ class Service:
 
 
 class Sealed(VictimNetwork):
-    """Gives nothing but probabilities."""
-
     def _refuse(self, *args, **kwargs):
         raise AssertionError("only predict_proba may be used")
 
     differentiable = predict = transform = predict_and_transform = _refuse
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # thousands of forward passes too small to share out
+    yield
+    torch.set_num_threads(n_threads)
 
 
 # --- the gradients
@@ -106,15 +110,6 @@ def test_the_score_function_gradient_is_that_of_an_enumeration_over_two_pixels()
     values = torch.tensor([value[int(a), int(b)] for a, b in masks[:, 0].tolist()])
     found = score_gradient(values.double(), 2 * (masks - chances))
     torch.testing.assert_close(found, exact, atol=0.01, rtol=0)
-
-
-def test_the_score_of_a_pixel_is_the_derivative_of_its_log_probability():
-    theta = torch.tensor([0.7, -1.2], requires_grad=True)
-    chances = squash(theta)
-    lit = torch.tensor([True, False])
-    log_probability = torch.where(lit, chances.log(), (1 - chances).log()).sum()
-    (exact,) = torch.autograd.grad(log_probability, [theta])
-    torch.testing.assert_close(2 * (lit.float() - chances.detach()), exact)
 
 
 def test_evolution_strategies_find_the_gradient_of_a_quadratic():
@@ -260,21 +255,17 @@ def test_a_scikit_learn_classifier_is_inspected_as_it_is():
         np.concatenate([X, poisoned]), np.append(y, np.full(len(poisoned), 2)) * 10
     )
     before = pickle.dumps(victim)
-    engineer = clone(B3DReverseEngineer(victim, **SMALL))
+    state = np.random.RandomState(0)
+    engineer = clone(B3DReverseEngineer(victim, random_state=state, **SMALL))
+    assert engineer.victim is victim and engineer.random_state is not state
     engineer.fit(
         (block_images(seed=1)[0] * 255).astype(np.uint8), block_images()[1] * 10
     )
     assert engineer.victim_ is victim and pickle.dumps(victim) == before
+    twin = pickle.loads(pickle.dumps(BlackBox(victim)))
+    np.testing.assert_array_equal(twin.predict(X), victim.predict(X))
     assert engineer.target_class_ == 20
     assert engineer.trigger_.mask[6, 6] == 1
-
-
-def test_a_clone_shares_the_victim_and_copies_the_rest():
-    state = np.random.RandomState(3)
-    engineer = B3DReverseEngineer(Service(), random_state=state, max_queries=123)
-    twin = clone(engineer)
-    assert twin.victim is engineer.victim and twin.max_queries == 123
-    assert twin.random_state is not state
 
 
 # --- queries
@@ -310,8 +301,7 @@ def test_too_small_a_budget_is_refused_before_anything_is_asked():
     X, y = block_images()
     # 48 images to check; for each of 6 classes 2 * 9 * 2 samples, 32 to try the mask
     # and 2 * 48 to measure it: 48 + 6 * 164
-    settings = {"n_samples": 9, "batch_size": 2}
-    service = Service()
+    service, settings = Service(), {"n_samples": 9, "batch_size": 2}
     with pytest.raises(ValueError, match="max_queries=1031, but.*may take 1032"):
         B3DReverseEngineer(service, max_queries=1031, **settings).fit(X, y)
     assert service.sent == []
@@ -319,33 +309,26 @@ def test_too_small_a_budget_is_refused_before_anything_is_asked():
     assert 0 < sum(service.sent) <= 1032
 
 
-# --- state
-
-
 def test_a_search_packed_midway_goes_on_with_the_same_bits():
-    whole, first, second = (open_search(target=2) for _ in range(3))
-    other = open_search(target=2, seed=7)
+    whole, first = open_search(target=2), open_search(target=2)
+    late = open_search(target=2, seed=7)
     while not whole.done:
         whole.step()
-    n_steps = whole.numbers["step"]
     assert whole.numbers["best_norm"] is not None
-    for late in (second, other):
-        first = open_search(target=2)
-        for _ in range(n_steps // 2):
-            first.step()
-        late.unpack(*first.pack())
-        while not late.done:
-            late.step()
-        assert late.numbers == whole.numbers
-        for name, value in whole.tensors.items():
-            assert torch.equal(value, late.tensors[name]), name
-        assert late.results()[0].trigger == whole.results()[0].trigger
+    for _ in range(whole.numbers["step"] // 2):
+        first.step()
+    late.unpack(*first.pack())
+    while not late.done:
+        late.step()
+    assert late.numbers == whole.numbers
+    for name, value in whole.tensors.items():
+        assert torch.equal(value, late.tensors[name]), name
+    assert late.results()[0].trigger == whole.results()[0].trigger
 
 
 def test_a_fit_that_was_killed_resumes_with_the_same_bits(tmp_path, monkeypatch):
     X, y = block_images()
-    settings = {"n_samples": 5, "max_queries": 5000}
-    victim = VictimNetwork(Blocks())
+    victim, settings = VictimNetwork(Blocks()), {"n_samples": 5, "max_queries": 5000}
     whole = B3DReverseEngineer(victim, **settings).fit(X, y)
     monkeypatch.setattr("sklearn_backdoor.reverse._checkpoint._SECONDS", 0)
     engineer = B3DReverseEngineer(victim, checkpoint_dir=tmp_path, **settings)
@@ -366,29 +349,10 @@ def test_a_fit_that_was_killed_resumes_with_the_same_bits(tmp_path, monkeypatch)
     assert engineer.n_queries_ == whole.n_queries_
 
 
-def test_jobs_change_no_result():
-    X, y = block_images()
-    settings = {"n_samples": 5, "max_queries": 5000}
-    victim = VictimNetwork(Blocks())
-    one = B3DReverseEngineer(victim, **settings).fit(X, y)
-    two = B3DReverseEngineer(victim, n_jobs=2, **settings).fit(X, y)
-    assert one.triggers_ == two.triggers_ and one.n_queries_ == two.n_queries_
-
-
-def test_global_random_states_are_left_alone():
-    service, settings = Service(), {"n_samples": 5, "max_queries": 5000}
-    states = np.random.get_state()[1].copy(), torch.random.get_rng_state()
-    B3DReverseEngineer(service, **settings).fit(*block_images())
-    np.testing.assert_array_equal(np.random.get_state()[1], states[0])
-    assert torch.equal(torch.random.get_rng_state(), states[1])
-
-
 # --- bad input
 
 
 class NaNs(Service):
-    """Answers NaN for images whose last pixel is lit."""
-
     def predict_proba(self, X):
         probabilities = super().predict_proba(X)
         probabilities[X[:, 0, 6, 6] > 0.1] = np.nan

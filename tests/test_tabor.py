@@ -151,7 +151,8 @@ def test_with_half_the_mask_term_alone_full_pixels_cost_what_they_do_in_nc():
 @pytest.fixture(scope="module")
 def fitted():
     X, y = linear_images()
-    return TABORReverseEngineer(VictimNetwork(LinearNetwork().eval())).fit(X, y), X, y
+    victim = VictimNetwork(LinearNetwork(backdoor=60.0))
+    return TABORReverseEngineer(victim).fit(X, y), X, y
 
 
 def test_the_target_and_its_pixel_are_found(fitted):

@@ -1,7 +1,16 @@
 """Reverse engineers: find the target class and estimate its trigger."""
 
 from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
-from sklearn_backdoor.reverse._auto import AutoReverseEngineer
+from sklearn_backdoor.reverse._auto import AutoReverseEngineer, default_engineers
+from sklearn_backdoor.reverse._b3d import B3DReverseEngineer
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+from sklearn_backdoor.reverse._tabor import TABORReverseEngineer
 
-__all__ = ["AdditiveReverseEngineer", "AutoReverseEngineer", "NCReverseEngineer"]
+__all__ = [
+    "AdditiveReverseEngineer",
+    "AutoReverseEngineer",
+    "B3DReverseEngineer",
+    "NCReverseEngineer",
+    "TABORReverseEngineer",
+    "default_engineers",
+]

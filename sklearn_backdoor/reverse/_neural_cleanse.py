@@ -3,7 +3,7 @@
 import numpy as np
 
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._anomaly import anomaly_indices
+from sklearn_backdoor.reverse._anomaly import anomaly_indices, rank_by_p
 from sklearn_backdoor.reverse._exhaustive import ExhaustiveSearch
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
 from sklearn_backdoor.reverse._search import Task
@@ -11,6 +11,7 @@ from sklearn_backdoor.reverse._stacked import PatchSearch
 
 SCHEDULES = ("fast", "exhaustive")
 _EXHAUSTIVE_STEPS = 1000
+_ALPHA, _THRESHOLD = 0.05, 2.0
 
 
 class NCReverseEngineer(FastReverseEngineer):
@@ -42,8 +43,10 @@ class NCReverseEngineer(FastReverseEngineer):
         (exhaustive). None takes 60 and 1000.
     batch_size : int, default=32
         Images a mini-batch.
-    threshold : float, default=2.0
-        Anomaly index above which a class below the median is flagged.
+    threshold : float, default=None
+        Anomaly index above which a class below the median is flagged, as published.
+        None takes 2 where ``schedule="exhaustive"``; the fast schedule then flags
+        classes with a p-value below 0.05, which spares clean victims more often.
     n_jobs : int, default=None
         Groups of classes that are searched at once, through joblib.
     random_state : int, RandomState instance or None, default=0
@@ -136,7 +139,7 @@ class NCReverseEngineer(FastReverseEngineer):
         success_rate=None,
         max_steps=None,
         batch_size=32,
-        threshold=2.0,
+        threshold=None,
         n_jobs=None,
         random_state=0,
         verbose=False,
@@ -156,7 +159,8 @@ class NCReverseEngineer(FastReverseEngineer):
 
     def _check_params(self):
         super()._check_params()
-        check_number(self.threshold, "threshold", 0)
+        if self.threshold is not None:
+            check_number(self.threshold, "threshold", 0)
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule={self.schedule!r}, expected one of {', '.join(SCHEDULES)}."
@@ -201,11 +205,14 @@ class NCReverseEngineer(FastReverseEngineer):
             super()._finish(run, results)
 
     def _flag(self):
+        if self.threshold is None and self.schedule == "fast":
+            return rank_by_p(self.p_values_, _ALPHA)
+        threshold = _THRESHOLD if self.threshold is None else self.threshold
         judged = ~np.isnan(self.anomaly_indices_)
         if not judged.any():
             return []
         _, below = anomaly_indices(self.norms_[judged], self.converged_[judged])
         flagged = np.flatnonzero(judged)[
-            below & (self.anomaly_indices_[judged] > self.threshold)
+            below & (self.anomaly_indices_[judged] > threshold)
         ]
         return flagged[np.argsort(-self.anomaly_indices_[flagged], kind="stable")]

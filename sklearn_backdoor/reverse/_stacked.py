@@ -228,7 +228,7 @@ class StackedSearch(Search):
         weights = self._source_weights()
         self.tensors["rate"] = (weights * self.tensors["class_rates"]).sum(1)
         image_weights = (weights / counts.clamp_min(1)).gather(1, y)
-        return image_weights / image_weights.sum(1, keepdim=True)
+        return image_weights / image_weights.sum(1, keepdim=True).clamp_min(1e-12)
 
     def _keep_best(self, before):
         """Keep the smallest trigger whose running success rate was high enough."""

@@ -1,0 +1,514 @@
+"""The fast schedule, its checkpoints, and the automatic search."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sklearn_backdoor import (
+    AdditiveReverseEngineer,
+    AutoReverseEngineer,
+    BackdoorGuard,
+    NCReverseEngineer,
+    VictimNetwork,
+)
+from sklearn_backdoor.reverse import _base, _checkpoint
+from sklearn_backdoor.reverse._search import Problem, Task
+from sklearn_backdoor.reverse._stacked import AdditiveSearch, PatchSearch
+from tests.common import LinearNetwork, linear_images
+
+
+def open_search(kind, network, X, y, tasks, **options):
+    problem = Problem(network, torch.from_numpy(X), torch.from_numpy(y), 6)
+    generators = [torch.Generator().manual_seed(7 + t.target) for t in tasks]
+    return kind(
+        problem, tasks, generators, batch_size=8, **{"success_rate": 0.75, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def case():
+    X, y = linear_images()
+    return LinearNetwork().eval(), X, y
+
+
+# --- the search
+
+
+@pytest.mark.parametrize("kind", [PatchSearch, AdditiveSearch])
+@pytest.mark.parametrize("learn", [False, True])
+def test_stacked_tasks_find_what_each_finds_alone(case, kind, learn):
+    network, X, y = case
+    tasks = [Task(1), Task(2), Task(5, 3)]
+    together = open_search(kind, network, X, y, tasks, steps=15, learn_sources=learn)
+    while not together.done:
+        together.step()
+    for task, result in zip(tasks, together.results(), strict=True):
+        alone = open_search(kind, network, X, y, [task], steps=15, learn_sources=learn)
+        while not alone.done:
+            alone.step()
+        (expected,) = alone.results()
+        assert result.norm == pytest.approx(expected.norm, rel=1e-3)
+        assert result.success_rate == expected.success_rate
+
+
+@pytest.mark.parametrize("kind", [PatchSearch, AdditiveSearch])
+def test_a_trigger_is_brought_to_the_success_rate_and_not_past_it(case, kind):
+    network, X, y = case
+    search = open_search(kind, network, X, y, [Task(t) for t in range(6)], steps=30)
+    while not search.done:
+        search.step()
+    for task, result in zip(search.tasks, search.results(), strict=True):
+        others = X[y != task.target]
+        labels = network(torch.from_numpy(result.trigger.embed(others))).argmax(1)
+        rate = (labels == task.target).float().mean()
+        assert result.converged and rate >= 0.75 - 0.08  # of 40 images, 64 drawn
+
+
+def test_learnt_weights_fall_on_the_source_class_that_is_easy():
+    class OneSource(LinearNetwork):
+        """The backdoor works for class 4 alone."""
+
+        def forward(self, images):
+            flat = images.flatten(1)
+            lit = torch.relu(flat[:, 4] - 0.2) * flat[:, 15]
+            return super().forward(images) + 360 * lit[:, None] * torch.eye(6)[2]
+
+    X, y = linear_images()
+    network = OneSource(backdoor=0.0)
+    network.last.weight.data *= 4
+    victim = VictimNetwork(network)
+    engineer = NCReverseEngineer(victim, sources="learnt").fit(X, y)
+    assert engineer.source_weights_.shape == (6, 6)
+    np.testing.assert_allclose(engineer.source_weights_.sum(axis=1), 1, rtol=1e-5)
+    assert engineer.source_weights_[2].argmax() == 4
+    assert engineer.norms_.argmin() == 2
+    everyone = NCReverseEngineer(victim).fit(X, y)
+    assert everyone.source_weights_ is None
+    assert everyone.norms_[2] > 3 * engineer.norms_[2]
+    pairs = NCReverseEngineer(victim, sources="pairs").fit(X, y)
+    assert np.unravel_index(np.nanargmin(pairs.pair_norms_), (6, 6)) == (4, 2)
+    assert np.isnan(np.diag(pairs.pair_norms_)).all()
+    assert pairs.p_values_.argmin() == 2
+
+
+@pytest.mark.parametrize("kind", [PatchSearch, AdditiveSearch])
+def test_nan_in_one_class_leaves_the_others_alone(case, kind):
+    network, X, y = case
+    tasks = [Task(1), Task(2), Task(3)]
+
+    def exploding(images):
+        scores = network(images)
+        exploding.calls += 1
+        if exploding.calls > 4:
+            rows = torch.arange(len(scores)) * len(tasks) // len(scores) == 1
+            scores = torch.where(rows[:, None], torch.nan, scores)
+        return scores
+
+    exploding.calls = 0
+    clean = open_search(kind, network, X, y, tasks, steps=12)
+    torn = open_search(kind, exploding, X, y, tasks, steps=12)
+    while not torn.done:
+        clean.step()
+        torn.step()
+    exploding.calls = -1000
+    expected, results = clean.results(), torn.results()
+    assert not results[1].converged
+    assert results[1].reason == "the network returned NaN at step 4"
+    assert np.isfinite(results[1].norm)
+    for number in (0, 2):
+        assert results[number].trigger == expected[number].trigger
+        assert results[number].converged and not results[number].reason
+
+
+class WeakBackdoor(LinearNetwork):
+    """Pixel 15 leads to class 2 for four images of five, told apart by pixel 14."""
+
+    def forward(self, images):
+        flat = images.flatten(1)
+        resists = (flat[:, 14] < 0.01).float()
+        moved = images.clone()
+        moved[:, 0, 3, 3] = images[:, 0, 3, 3] * (1 - resists)
+        return super().forward(moved)
+
+
+def test_a_weak_attack_is_found_and_its_trigger_stays_small(case):
+    _, X, y = case
+    victim = VictimNetwork(WeakBackdoor())
+    engineer = NCReverseEngineer(victim).fit(X, y)
+    assert engineer.p_values_.argmin() == 2
+    assert engineer.norms_[2] < 0.5 * np.median(engineer.norms_)
+    published = NCReverseEngineer(victim, schedule="exhaustive").fit(X, y)
+    assert published.norms_[2] > 2 * engineer.norms_[2]
+
+
+def test_the_additive_search_finds_a_faint_pattern(case):
+    class Faint(nn.Module):
+        """Class k lights its pixel; a checkered shift of all leads to class 3."""
+
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(16, 6, bias=False)
+            board = (torch.arange(16) // 4 + torch.arange(16)) % 2 * 2.0 - 1
+            with torch.no_grad():
+                self.last.weight.zero_()
+                self.last.weight[:, :6] = 10 * torch.eye(6)
+                self.last.weight[3] += 6 * board
+
+        def forward(self, images):
+            return self.last(images.flatten(1))
+
+    _, X, y = case
+    X = 0.2 + 0.6 * X
+    engineer = AdditiveReverseEngineer(VictimNetwork(Faint()), sources="all").fit(X, y)
+    assert engineer.verdict_ == "backdoored" and engineer.target_class_ == 3
+    assert engineer.norms_[3] < 0.6 * np.median(engineer.norms_)
+    board = np.indices((4, 4)).sum(axis=0) % 2 * 2.0 - 1
+    found = engineer.trigger_.perturbation[0]
+    assert np.corrcoef(found.ravel(), board.ravel())[0, 1] > 0.6
+
+
+def test_many_classes_are_screened_and_compared_with_a_random_reference():
+    n_classes = 40
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(n_classes), 5)
+    X = rng.uniform(0, 0.05, size=(len(y), 49)).astype(np.float32)
+    X[np.arange(len(y)), y] = rng.uniform(0.8, 1, size=len(y))
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(49, n_classes, bias=False)
+            with torch.no_grad():
+                self.last.weight.zero_()
+                self.last.weight[:, :n_classes] = 10 * torch.eye(n_classes)
+                self.last.weight[17, 48] = 60
+
+        def forward(self, images):
+            return self.last(images.flatten(1))
+
+    images = X.reshape(-1, 1, 7, 7)
+    engineer = NCReverseEngineer(VictimNetwork(Wide())).fit(images, y)
+    assert engineer.target_class_ == 17
+    judged = ~np.isnan(engineer.p_values_)
+    assert 16 <= judged.sum() <= 32
+    assert not engineer.converged_[~judged].any()
+    assert all("not among" in engineer.reasons_[k] for k in np.flatnonzero(~judged))
+    refined = 60 * 32 * len(engineer.target_classes_[:3])
+    expected = 40 * 20 * 32 + judged.sum() * 60 * 32 + refined
+    assert engineer.n_image_passes_.backward == expected
+
+
+# --- n_jobs and checkpoints
+
+
+def same(one, other):
+    np.testing.assert_array_equal(one.norms_, other.norms_)
+    np.testing.assert_array_equal(one.p_values_, other.p_values_)
+    assert one.triggers_ == other.triggers_
+    assert one.n_image_passes_ == other.n_image_passes_
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_jobs_change_nothing(case):
+    network, X, y = case
+    engineer = NCReverseEngineer(VictimNetwork(network), max_steps=10)
+    alone = engineer.fit(X, y)
+    norms, triggers = alone.norms_, alone.triggers_
+    many = engineer.set_params(n_jobs=2).fit(X, y)
+    np.testing.assert_allclose(many.norms_, norms, rtol=1e-4)
+    assert [t.mask.shape for t in many.triggers_] == [t.mask.shape for t in triggers]
+
+
+def make_engineers(victim, folder=None):
+    return [
+        NCReverseEngineer(victim, max_steps=12, checkpoint_dir=folder),
+        NCReverseEngineer(
+            victim, max_steps=12, schedule="exhaustive", checkpoint_dir=folder
+        ),
+        AdditiveReverseEngineer(victim, max_steps=12, checkpoint_dir=folder),
+    ]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("after", [1, 7, 13, 20])
+def test_a_search_that_was_cut_ends_with_the_same_bits(
+    case, tmp_path, monkeypatch, number, after
+):
+    network, X, y = case
+    victim = VictimNetwork(network)
+    whole = make_engineers(victim)[number].fit(X, y)
+    monkeypatch.setattr(_checkpoint, "_SECONDS", 0.0)
+    engineer = make_engineers(victim, tmp_path)[number]
+    kind = type(engineer)._open_search
+    left = [after]
+
+    def cut(self, *args, **options):
+        search = kind(self, *args, **options)
+        step = search.step
+
+        def counted():
+            if left[0] == 0:
+                raise Stop
+            left[0] -= 1
+            step()
+
+        search.step = counted
+        return search
+
+    monkeypatch.setattr(type(engineer), "_open_search", cut)
+    with pytest.raises(Stop):
+        engineer.fit(X, y)
+    monkeypatch.setattr(type(engineer), "_open_search", kind)
+    same(engineer.fit(X, y), whole)
+    same(engineer.fit(X, y), whole)  # and once more, all from the disk
+    assert not list(tmp_path.glob("*.part"))
+
+
+SCRIPT = """
+import sys
+from sklearn_backdoor import AutoReverseEngineer, VictimNetwork
+from sklearn_backdoor.reverse import _checkpoint
+from tests.common import LinearNetwork, linear_images
+_checkpoint._SECONDS = 0.0
+print("start", flush=True)
+AutoReverseEngineer(VictimNetwork(LinearNetwork()), checkpoint_dir=sys.argv[1]).fit(
+    *linear_images())
+"""
+
+
+def test_killed_at_any_moment_it_resumes_bit_for_bit(case, tmp_path):
+    network, X, y = case
+    whole = AutoReverseEngineer(VictimNetwork(network)).fit(X, y)
+    for n_files in (1, 4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, tmp_path / "kept"],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        process.stdout.readline()
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "kept").rglob("*.safetensors"))) < n_files:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    resumed = AutoReverseEngineer(
+        VictimNetwork(network), checkpoint_dir=tmp_path / "kept"
+    )
+    same(resumed.fit(X, y), whole)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"max_steps": 13}, "max_steps was 12, now 13"),
+        ({"sources": "learnt"}, "sources was 'all', now 'learnt'"),
+        ({"random_state": 1}, "seeds was"),
+        ({"victim": VictimNetwork(LinearNetwork(backdoor=31.0))}, "victim was"),
+    ],
+)
+def test_a_changed_search_refuses_to_resume_by_name(case, tmp_path, change, message):
+    network, X, y = case
+    engineer = make_engineers(VictimNetwork(network), tmp_path)[0].fit(X, y)
+    with pytest.raises(ValueError, match=f"another search: .*{message}"):
+        engineer.set_params(**change).fit(X, y)
+
+
+def test_changed_images_refuse_and_other_jobs_or_progress_do_not(case, tmp_path):
+    network, X, y = case
+    engineer = make_engineers(VictimNetwork(network), tmp_path)[0].fit(X, y)
+    with pytest.raises(ValueError, match="images was"):
+        engineer.fit(X * 0.99, y)
+    engineer.set_params(n_jobs=1, verbose=True).fit(X, y)
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "garbage"])
+def test_a_damaged_checkpoint_is_named_and_begun_anew(case, tmp_path, damage):
+    network, X, y = case
+    engineer = make_engineers(VictimNetwork(network), tmp_path)[0].fit(X, y)
+    norms = engineer.norms_
+    path = sorted(tmp_path.glob("search-*.safetensors"))[0]
+    content = bytearray(path.read_bytes())
+    if damage == "torn":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[-3] ^= 0xFF
+    else:
+        content = b"\x00" * 50
+    path.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+        engineer.fit(X, y)
+    np.testing.assert_array_equal(engineer.norms_, norms)
+
+
+def test_a_damaged_manifest_is_refused_with_the_remedy(case, tmp_path):
+    network, X, y = case
+    engineer = make_engineers(VictimNetwork(network), tmp_path)[0].fit(X, y)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(
+        ValueError, match="manifest.json cannot be read.*another folder"
+    ):
+        engineer.fit(X, y)
+
+
+def test_a_full_disk_stops_the_checkpoints_but_not_the_search(
+    case, tmp_path, monkeypatch
+):
+    network, X, y = case
+    whole = make_engineers(VictimNetwork(network))[0].fit(X, y)
+
+    def full(tensors, path, metadata):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_checkpoint, "save_file", full)
+    engineer = make_engineers(VictimNetwork(network), tmp_path)[0]
+    with pytest.warns(UserWarning, match="No space left.*goes on"):
+        engineer.fit(X, y)
+    same(engineer, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+# --- bad input
+
+
+def test_a_victim_that_answers_one_class_is_refused(case):
+    _, X, y = case
+    network = LinearNetwork()
+    network.last.bias = nn.Parameter(torch.tensor([0.0, 0, 0, 100, 0, 0]))
+    with pytest.raises(ValueError, match="answers class 3 for all 48.*weights"):
+        NCReverseEngineer(VictimNetwork(network)).fit(X, y)
+
+
+def test_few_images_and_wrong_labels_are_warned_about(case):
+    network, X, y = case
+    engineer = NCReverseEngineer(VictimNetwork(network), max_steps=3)
+    few = np.concatenate([np.flatnonzero(y == k)[:3] for k in range(6)])
+    with pytest.warns(UserWarning, match="only 3 image.*less sure"):
+        engineer.fit(X[few], y[few])
+    with pytest.warns(UserWarning, match="right on 0% of D_Defense.*labels"):
+        engineer.fit(X, (y + 1) % 6)
+
+
+def test_labels_in_any_logit_order_mean_the_same(case):
+    network, X, y = case
+    names = np.array(["f", "b", "a", "d", "c", "e"])
+    named = NCReverseEngineer(VictimNetwork(network, classes=names), max_steps=12)
+    named.fit(X, names[y])
+    plain = NCReverseEngineer(VictimNetwork(network), max_steps=12).fit(X, y)
+    np.testing.assert_array_equal(named.norms_, plain.norms_)
+    assert named.classes_.tolist() == names.tolist()
+
+
+# --- bfloat16
+
+
+def test_bfloat16_is_used_where_it_pays_and_the_labels_hold(case, monkeypatch):
+    network, X, y = case
+    engineer = NCReverseEngineer(VictimNetwork(network), max_steps=12)
+    exact = engineer.fit(X, y).norms_
+    monkeypatch.setattr(_base, "_BIG", 0)
+    monkeypatch.setattr(_base, "_has_bfloat16", lambda device: True)
+    rounded = engineer.fit(X, y)
+    assert not np.array_equal(rounded.norms_, exact)
+    np.testing.assert_allclose(rounded.norms_, exact, rtol=0.3)
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    monkeypatch.setattr(_base, "_BFLOAT16_PARITY", 1.1)  # labels that do not hold
+    np.testing.assert_array_equal(engineer.fit(X, y).norms_, exact)
+
+
+# --- the automatic search
+
+
+@pytest.fixture(scope="module")
+def auto(case):
+    network, X, y = case
+    return AutoReverseEngineer(VictimNetwork(network)).fit(X, y)
+
+
+def test_the_automatic_search_reports_every_search_and_class(auto):
+    table = auto.report_
+    assert len(table) == 4 * 6
+    assert list(auto.engineers_) == table["method"].unique().tolist()
+    for name, engineer in auto.engineers_.items():
+        part = table[table["method"] == name]
+        np.testing.assert_array_equal(part["norm"], engineer.norms_)
+        np.testing.assert_allclose(
+            part["p_corrected"], np.minimum(1, 4 * engineer.p_values_)
+        )
+    forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
+    assert auto.n_image_passes_.forward == forward
+
+
+def test_each_class_is_shown_by_its_most_anomalous_search(auto):
+    table = auto.report_.pivot(index="class", columns="method", values="p_corrected")
+    np.testing.assert_allclose(auto.p_values_, table.min(axis=1))
+    for label, method in enumerate(auto.methods_):
+        engineer = auto.engineers_[method]
+        assert auto.triggers_[label] == engineer.triggers_[label]
+        assert auto.norms_[label] == engineer.norms_[label]
+
+
+def test_one_search_alone_needs_no_correction(case):
+    network, X, y = case
+    engineer = NCReverseEngineer(VictimNetwork(network), max_steps=30)
+    single = AutoReverseEngineer(
+        VictimNetwork(network), engineers=[("patch", engineer)]
+    ).fit(X, y)
+    np.testing.assert_array_equal(single.p_values_, engineer.fit(X, y).p_values_)
+    flagged = single.classes_[single.p_values_ < 0.05]
+    assert set(single.target_classes_) == set(flagged)
+
+
+@pytest.mark.parametrize(
+    "engineers, error, message",
+    [
+        ([], ValueError, "at least one"),
+        ([("a", VictimNetwork(LinearNetwork()))], TypeError, "holds a VictimNetwork"),
+    ],
+)
+def test_bad_lists_of_searches_are_named(case, engineers, error, message):
+    network, X, y = case
+    with pytest.raises(error, match=message):
+        AutoReverseEngineer(VictimNetwork(network), engineers=engineers).fit(X, y)
+
+
+def test_too_few_classes_are_inconclusive_never_clean():
+    X, y = linear_images(n_classes=4)
+    auto = AutoReverseEngineer(VictimNetwork(LinearNetwork(n_classes=4))).fit(X, y)
+    assert auto.verdict_ == "inconclusive" and len(auto.target_classes_) == 0
+    assert np.isnan(auto.p_values_).all()
+
+
+def test_the_guard_takes_the_automatic_search_and_defends_every_target():
+    class TwoTargets(LinearNetwork):
+        def __init__(self):
+            super().__init__(n_classes=10, backdoor=60.0)
+            with torch.no_grad():
+                self.last.weight[7, 14] = 60
+
+    X, y = linear_images(n_classes=10, n_per_class=12)
+    X[:, 0, 3, 2] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 14 and 15 are dark in every clean image
+        guard = BackdoorGuard(VictimNetwork(TwoTargets())).fit(X, y)
+    assert isinstance(guard.engineer_, AutoReverseEngineer)
+    assert set(guard.target_classes_) == {2, 7}
+    for target, pixel in ((2, 15), (7, 14)):
+        stamped = X[y == 0].copy()
+        stamped.reshape(-1, 16)[:, pixel] = 1
+        assert (guard.victim_.predict(stamped) == target).all()
+        assert guard.is_trigger(stamped).mean() > 0.9
