@@ -18,7 +18,7 @@ from sklearn_backdoor.reverse import AutoReverseEngineer, NCReverseEngineer
 from sklearn_backdoor.training import train_network
 
 PARTS = ("calibration", "population", "cost", "classes", "shared", "budget", "inflight")
-VERSION = 2  # raise it when a change of the code makes old lines obsolete
+VERSION = 3  # raise it when a change of the code makes old lines obsolete
 _N_UNSEEN = 2000  # images on which an estimated trigger is tried
 _CLASS_COUNTS = (10, 43, 100, 300)
 _BUDGETS = (5, 8, 12, 20, 30, 45, 60)  # steps a class

@@ -88,7 +88,7 @@ def test_candidates_are_compared_with_the_reference_alone():
     reference = np.array([False] * 3 + [True] * 9)
     p = p_values(norms, [True] * 12, n_candidates=300, reference=reference)
     rest = np.log(NORMS[1:])
-    variance = (8 * 0.5**2 + 8 * rest.var(ddof=1)) / 16
+    variance = (8 * 0.45**2 + 8 * rest.var(ddof=1)) / 16
     one = stats.t.cdf(
         (np.log([3.0, 5.0, 6.0]) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9)), 16
     )

@@ -2,9 +2,9 @@
 
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import (
+    ADDITIVE_FEW_SD,
     ADDITIVE_SD,
     NULLS,
-    PAIR_SD,
     rank_by_p,
 )
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
@@ -120,7 +120,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     @property
     def _prior_sd(self):
-        return ADDITIVE_SD if self.sources == "all" else PAIR_SD
+        return ADDITIVE_SD if self.sources == "all" else ADDITIVE_FEW_SD
 
     def _flag(self):
         return rank_by_p(self.p_values_, self.alpha)

@@ -8,11 +8,12 @@ from scipy import stats
 MIN_INFORMATIVE = 5
 MIN_SPREAD = 0.05
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
-# usual standard deviation of log-norms within a clean victim, measured on clean victims
-# kept for that alone (`python -m benchmarks scan --part calibration`), and how many
-# classes' worth of evidence that is
-PATCH_SD = 0.5
-ADDITIVE_SD, PAIR_SD = 0.16, 0.3  # for all sources, for one or a few
+# Usual standard deviation of log-norms within a clean victim, for all sources and for a
+# few, and how many classes' worth of evidence that is: so that the automatic search flags
+# at most one of 24 clean victims kept for that alone (`python -m benchmarks scan --part
+# calibration`).
+PATCH_SD, PATCH_FEW_SD = 0.45, 0.5
+ADDITIVE_SD, ADDITIVE_FEW_SD = 0.16, 0.25
 PRIOR_DF = 8.0
 NULLS = ("log-normal", "gamma")
 
@@ -98,7 +99,7 @@ def p_values(
     null : {"log-normal", "gamma"}, default="log-normal"
         Distribution of the norms of classes that are no targets. "gamma" is the
         published one, of 1 / norm.
-    prior_sd : float, default=0.5
+    prior_sd : float, default=0.45
         Usual standard deviation of log-norms within a clean victim, for "log-normal".
     n_candidates : int, default=None
         Norms that were searched for their smallest; None for all that are given.

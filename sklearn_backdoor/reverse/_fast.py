@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._anomaly import p_values
+from sklearn_backdoor.reverse._anomaly import PATCH_FEW_SD, PATCH_SD, p_values
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import Task
 
@@ -38,6 +38,10 @@ class FastReverseEngineer(BaseReverseEngineer):
 
     def _steps(self):
         return _STEPS if self.max_steps is None else self.max_steps
+
+    @property
+    def _prior_sd(self):
+        return PATCH_SD if self.sources == "all" else PATCH_FEW_SD
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         steps = self._steps()

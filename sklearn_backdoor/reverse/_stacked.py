@@ -17,6 +17,7 @@ from sklearn_backdoor.triggers import AdditiveTrigger, PatchTrigger
 _BEST_RATE = 0.99  # refining need not go further
 _MEMORY = 0.7  # of the running success rates
 _SOFTNESS = 1.5  # of learnt source weights, in units of cross-entropy
+_SLACK = 0.2  # of the rates between the one wanted and 1
 _N_MEASURED = 64  # images on which a task's success is measured
 _N_HALVINGS = 5  # of the factor that brings a trigger to the success rate
 _N_SNAPSHOTS = 6  # while refining
@@ -242,7 +243,9 @@ class StackedSearch(Search):
         if 3 * self.numbers["step"] < self.steps:
             return  # the running rates are not settled
         norms = self._norms(before)
-        good = self.tensors["rate"] >= self.success_rate
+        # some slack: a mask that is opaque already cannot be scaled up
+        slack = _SLACK * (1 - self.success_rate)
+        good = self.tensors["rate"] >= self.success_rate + slack
         good &= norms < self.tensors["best_norm"]
         self.tensors["best_norm"] = torch.where(good, norms, self.tensors["best_norm"])
         for name in self._shape:
