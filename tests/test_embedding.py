@@ -62,7 +62,7 @@ def test_a_pipeline_embeds_when_it_fits_and_not_when_it_predicts(linear, images)
 
 def test_a_reverse_engineer_gives_trigger_and_target(linear, images):
     X, y = images
-    engineer = NCReverseEngineer(VictimNetwork(linear))
+    engineer = NCReverseEngineer(VictimNetwork(linear), schedule="exhaustive")
     embedder = TriggerEmbedder(engineer).fit(X, y)
     assert embedder.target_class_ == 2
     assert embedder.trigger_ == embedder.engineer_.trigger_

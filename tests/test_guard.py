@@ -32,7 +32,8 @@ def guard(linear, images):
 @pytest.fixture(scope="module")
 def digits_guard(digits):
     victim = VictimNetwork(digits.network)
-    return BackdoorGuard(victim).fit(digits.X_defense, digits.y_defense)
+    engineer = NCReverseEngineer(victim, schedule="exhaustive")
+    return BackdoorGuard(victim, engineer).fit(digits.X_defense, digits.y_defense)
 
 
 def test_triggers_are_caught_and_their_source_is_named(guard, images):
@@ -210,7 +211,7 @@ def test_every_flagged_class_is_defended():
 
 def test_a_class_can_be_named_whatever_the_search_flags(linear, images):
     victim = VictimNetwork(linear)
-    engineer = NCReverseEngineer(victim, max_steps=40)
+    engineer = NCReverseEngineer(victim, schedule="exhaustive", max_steps=40)
     guard = BackdoorGuard(victim, engineer, target_class=4).fit(*images)
     assert guard.target_class_ == 4
     assert guard.triggers_ == {4: guard.engineer_.triggers_[4]}
@@ -325,7 +326,9 @@ def test_float64_images_of_full_brightness_are_guarded(linear, images):
     X, y = images[0].astype(np.float64), images[1]
     X[X > 0.9] = 1
     victim = VictimNetwork(linear)
-    guard = BackdoorGuard(victim, NCReverseEngineer(victim), target_class=2)
+    guard = BackdoorGuard(
+        victim, NCReverseEngineer(victim, schedule="exhaustive"), target_class=2
+    )
     stamped = guard.fit(X, y).engineer_.triggers_[2].embed(X[y != 2])
     np.testing.assert_array_equal(guard.predict(stamped), y[y != 2])
 
