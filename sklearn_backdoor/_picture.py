@@ -9,7 +9,7 @@ _N_EXAMPLES = 6
 
 
 def draw_story(story):
-    """Draw triggers, examples, anomaly indices and the likelihood-ratio histogram.
+    """Draw triggers, examples, p-values and the likelihood-ratio histogram.
 
     Parameters
     ----------
@@ -167,57 +167,42 @@ def _pixels(image):
 
 def _anomalies(axes, story):
     engineer = story.guard.engineer_
-    index, threshold = engineer.anomaly_indices_, engineer.threshold
+    p, alpha = engineer.p_values_, engineer.alpha
     axes.set_title(
-        "How abnormally small is each class's trigger?",
+        "How improbably small is each class's trigger?",
         loc="left",
         size=15,
         weight="bold",
         color=_INK,
         pad=14,
     )
-    if np.isnan(index).all():
+    if np.isnan(p).all():
         _nothing(axes, "too few classes converged for a verdict")
         return
-    limit = np.where(engineer.converged_, engineer.norms_, np.inf)
-    small = limit < np.median(limit)
+    heights = -np.log10(np.clip(np.nan_to_num(p, nan=1.0), 1e-12, 1))
     flagged = np.isin(engineer.classes_, engineer.target_classes_)
-    places = np.arange(len(index))
-    colors = np.where(flagged, _RED, np.where(small, _INK, _PALE))
-    axes.bar(
-        places,
-        index,
-        color=colors,
-        edgecolor=np.where(small, colors, _GREY),
-        width=0.72,
-    )
-    axes.axhline(threshold, color=_RED, linewidth=1.2, linestyle=(0, (5, 3)))
+    places = np.arange(len(heights))
+    axes.bar(places, heights, color=np.where(flagged, _RED, _INK), width=0.72)
+    line = -np.log10(alpha)
+    axes.axhline(line, color=_RED, linewidth=1.2, linestyle=(0, (5, 3)))
     axes.text(
-        len(index) - 0.45,
-        threshold,
-        f"flagged\nabove {threshold:g}",
+        len(heights) - 0.45,
+        line,
+        f"flagged\nbelow {alpha:g}",
         size=11,
         color=_RED,
         va="center",
     )
-    for place, height, norm in zip(places, index, limit, strict=True):
-        axes.text(
-            place,
-            height,
-            f"{norm:.0f}" if np.isfinite(norm) else "not\nreached",
-            ha="center",
-            va="bottom",
-            size=10,
-            color=_GREY,
-        )
+    for place, height, norm, converged in zip(
+        places, heights, engineer.norms_, engineer.converged_, strict=True
+    ):
+        text = f"{norm:.3g}" if converged else "not\nreached"
+        axes.text(place, height, text, ha="center", va="bottom", size=10, color=_GREY)
     axes.set_xticks(places, engineer.classes_)
-    axes.set_xlim(-0.6, len(index) - 0.5)
-    axes.set_ylim(0, 1.12 * max(index.max(), threshold * 1.2))
-    axes.set_xlabel(
-        "class (on the bar: its mask in pixels; pale: above the median)",
-        size=11,
-    )
-    axes.set_ylabel("anomaly index", size=12)
+    axes.set_xlim(-0.6, len(heights) - 0.5)
+    axes.set_ylim(0, 1.15 * max(heights.max(), 1.3 * line))
+    axes.set_xlabel("class (on the bar: the norm of its smallest trigger)", size=11)
+    axes.set_ylabel(r"$-\log_{10}$ corrected p-value", size=12)
     _bare(axes)
 
 

@@ -15,7 +15,7 @@ from sklearn_backdoor.attacks import poison
 from sklearn_backdoor.guard import BackdoorGuard
 from sklearn_backdoor.metrics import asr_score, detection_report
 from sklearn_backdoor.networks import LeNet5, ResNet18
-from sklearn_backdoor.reverse import NCReverseEngineer
+from sklearn_backdoor.reverse import AutoReverseEngineer
 from sklearn_backdoor.training import train_network
 from sklearn_backdoor.victim import VictimNetwork
 
@@ -32,7 +32,7 @@ _LENET = {"epochs": 10, "lr": 1e-3, "batch_size": 128}
 # dataset: loader, network, training, images a class for the defence, poisoned a class
 DATASETS: dict[str, tuple] = {
     "digits": (
-        lambda data_dir, seed: datasets.load_digits(random_state=seed),
+        lambda data_dir, seed: datasets.load_digits(image_size=28, random_state=seed),
         LeNet5,
         {"epochs": 60, "lr": 5e-3, "batch_size": 32},
         20,
@@ -122,7 +122,7 @@ def run_demo(dataset, attack, source_classes, data_dir, seed, epochs=None):
         data.X_test, data.y_test, n_per_class=n_defense, random_state=seed
     )
     _say(3, f"the defender: search a trigger for each class ({len(X_defense)} images)")
-    engineer = NCReverseEngineer(victim, random_state=seed, verbose=True)
+    engineer = AutoReverseEngineer(victim, random_state=seed, verbose=True)
     guard = BackdoorGuard(victim, engineer, random_state=seed).fit(X_defense, y_defense)
 
     _say(4, f"judge {len(X_test)} unseen images")
@@ -252,11 +252,13 @@ def screen(story):
     if found is None:
         verdict = f"{figures['verdict']}: no class was flagged (truth: {TARGET_CLASS})"
     else:
-        index = engineer.anomaly_indices_[engineer.classes_ == found][0]
+        number = engineer.classes_.tolist().index(found)
         verdict = (
             f"backdoored, target class {found} "
             f"({'right' if right else f'WRONG, the truth is {TARGET_CLASS}'}), "
-            f"anomaly index {index:.1f} (flagged above {engineer.threshold:g})"
+            f"p {engineer.p_values_[number]:.2g}\n               "
+            f"by the search {engineer.methods_[number]!r} (flagged below "
+            f"{engineer.alpha:g}, corrected for {len(engineer.engineers_)} searches)"
         )
         if len(figures["flagged"]) > 1:
             verdict += f"\n               also flagged: {figures['flagged'][1:]}"

@@ -7,7 +7,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from sklearn_backdoor import datasets
+from sklearn_backdoor import (
+    AdditiveReverseEngineer,
+    NCReverseEngineer,
+    datasets,
+)
 from sklearn_backdoor.__main__ import main
 from sklearn_backdoor._picture import draw_story
 from sklearn_backdoor.demo import ATTACKS, DATASETS, run_demo, screen
@@ -47,12 +51,16 @@ def quick(monkeypatch):
     """Search briefly: these runs are about the way, not about the result."""
     from sklearn_backdoor import demo
 
-    original = demo.NCReverseEngineer
+    original = demo.AutoReverseEngineer
 
     def brief(victim, **options):
-        return original(victim, max_steps=4, **options)
+        engineers = [
+            ("patch", NCReverseEngineer(victim, max_steps=4)),
+            ("additive", AdditiveReverseEngineer(victim, max_steps=4)),
+        ]
+        return original(victim, engineers=engineers, **options)
 
-    monkeypatch.setattr(demo, "NCReverseEngineer", brief)
+    monkeypatch.setattr(demo, "AutoReverseEngineer", brief)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -198,7 +198,9 @@ def test_every_flagged_class_is_defended():
     X[:, 14:] = 0
     X[np.arange(96), y] = rng.uniform(0.95, 1, size=96)
     X = X.reshape(-1, 1, 4, 4)
-    guard = BackdoorGuard(VictimNetwork(TwoBackdoors())).fit(X, y)
+    victim = VictimNetwork(TwoBackdoors())
+    engineer = NCReverseEngineer(victim, schedule="exhaustive")
+    guard = BackdoorGuard(victim, engineer).fit(X, y)
     assert set(guard.target_classes_.tolist()) == {2, 4}
     for pixel, target in ((15, 2), (14, 4)):
         stamped = X.reshape(96, 16).copy()
@@ -234,7 +236,9 @@ def test_refits_and_pickles_are_bit_identical(digits, digits_guard):
     X, _ = digits.evaluation_set()
     victim = VictimNetwork(digits.network)
     before = fingerprint(digits.network)
-    again = BackdoorGuard(victim).fit(digits.X_defense, digits.y_defense)
+    engineer = NCReverseEngineer(victim, schedule="exhaustive")
+    again = BackdoorGuard(victim, engineer)
+    again.fit(digits.X_defense, digits.y_defense)
     assert again.triggers_ == digits_guard.triggers_
     for other in (again, pickle.loads(pickle.dumps(digits_guard))):
         np.testing.assert_array_equal(

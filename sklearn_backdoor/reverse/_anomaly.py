@@ -74,7 +74,7 @@ def anomaly_indices(norms, converged):
     norms[~converged] = norms[converged].max()
     median = np.median(norms)  # of an even number: the mean of the middle two
     mad = np.median(np.abs(norms[converged] - median))
-    spread = _TO_NORMAL * max(mad, MIN_SPREAD * median)
+    spread = _TO_NORMAL * max(mad, MIN_SPREAD * median, np.finfo(float).tiny)
     return np.abs(norms - median) / spread, converged & (norms < median)
 
 
@@ -132,10 +132,11 @@ def p_values(
     """
     norms = np.array(norms, dtype=np.float64)
     converged = np.asarray(converged, dtype=bool) & np.isfinite(norms)
-    if not is_informative(norms, converged):
-        return np.full(len(norms), np.nan)
     n_candidates = n_candidates or len(norms)
     reference = np.ones(len(norms), bool) if reference is None else reference
+    seen = converged[reference].sum()  # the candidate may be one of them
+    if not is_informative(norms, converged) or seen < MIN_INFORMATIVE:
+        return np.full(len(norms), np.nan)
     norms[~converged] = norms[converged].max()
     order = np.argsort(norms, kind="stable")
     fit = _gamma_tail if null == "gamma" else partial(_log_normal_tail, prior_sd)
@@ -168,6 +169,8 @@ def _log_normal_tail(prior_sd, norm, others, converged):
 def _gamma_tail(norm, others, converged):
     """Return P(1 / norm' >= 1 / norm) under a Gamma fitted to the others."""
     inverse = 1 / np.maximum(others, 1e-12)
+    if np.ptp(np.log(inverse[converged])) < 1e-6:  # nothing to fit
+        return _log_normal_tail(PATCH_SD, norm, others, converged)
     data = inverse
     if (~converged).any():
         data = stats.CensoredData(inverse[converged], left=inverse[~converged])

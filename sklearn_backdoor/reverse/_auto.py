@@ -106,16 +106,17 @@ class AutoReverseEngineer(BaseReverseEngineer):
         """
         self._check_params()
         engineers = self._open_engineers()
-        prepared, passes = None, ImagePasses(0, 0)
         for engineer in engineers.values():
-            shares = type(engineer)._open_victim is BaseReverseEngineer._open_victim
-            if prepared is None or not shares:
-                ready = engineer._prepare(X, y)
+            engineer._check_params()
+        prepared: dict = {}
+        passes = ImagePasses(0, 0)
+        for engineer in engineers.values():
+            key = engineer._shares(), id(getattr(engineer.victim, "net", engineer))
+            if key not in prepared:
+                prepared[key] = engineer._prepare(X, y)
+                ready = prepared[key]
             else:
-                engineer._check_params()
-                ready = prepared._replace(passes=ImagePasses(0, 0))
-            if shares and prepared is None:
-                prepared = ready
+                ready = prepared[key]._replace(passes=ImagePasses(0, 0))
             run = Run(engineer, ready)
             results = engineer._search(run)
             engineer._conclude(run, results)
@@ -157,7 +158,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
                 )
             engineer.set_params(n_jobs=self.n_jobs, verbose=self.verbose)
             if self.checkpoint_dir is not None:
-                part = "".join(c if c.isalnum() else "-" for c in name)
+                number = list(opened).index(name)
+                letters = "".join(c if c.isalnum() else "-" for c in name)
+                part = f"{number}-{letters}"
                 folder = os.path.join(os.fspath(self.checkpoint_dir), part)
                 engineer.set_params(checkpoint_dir=folder)
         return opened
@@ -176,7 +179,10 @@ class AutoReverseEngineer(BaseReverseEngineer):
             [getattr(one, "sources", "all") == "all" for one in engineers]
         )[:, None]
         preferred = flagged & preferred
-        ranked = np.where(preferred.any(axis=0) & ~preferred, 2.0, filled)
+        converged = np.array([engineer.converged_ for engineer in engineers])
+        raw = np.nan_to_num([engineer.p_values_ for engineer in engineers], nan=1.0)
+        # in this order: preferred, converged, the smallest p-value
+        ranked = raw + 2.0 * ~converged + 4.0 * (preferred.any(axis=0) & ~preferred)
         chosen = ranked.argmin(axis=0)
         self.methods_ = [names[number] for number in chosen]
         for name in ("triggers_", "reasons_"):

@@ -15,6 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
+import sklearn_backdoor
 from sklearn_backdoor._fingerprint import fingerprint
 from sklearn_backdoor._torch import to_tensor
 from sklearn_backdoor._validation import check_images, check_labels
@@ -86,7 +87,15 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
 
     def _choose_precision(self, victim, X):
         """Return whether to use bfloat16, and the forward passes that this took."""
-        return _bfloat16_holds(victim, X)
+        return (False, 0) if self._is_exact() else _bfloat16_holds(victim, X)
+
+    def _shares(self):
+        """Return what another engineer has to equal to share what was prepared."""
+        return type(self)._open_victim, self._is_exact()
+
+    def _is_exact(self):
+        """Tell whether the search insists on full precision."""
+        return False
 
     def _search(self, run):
         """Search every class; return a SearchResult a class."""
@@ -131,12 +140,16 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
         self.target_classes_ = self.classes_[flagged]
         if len(flagged):
             self.verdict_ = "backdoored"
-        elif np.isnan(self.p_values_).all():
+        elif not self._is_conclusive():
             self.verdict_ = "inconclusive"
         else:
             self.verdict_ = "nothing found"
         self.target_class_ = self.classes_[flagged[0]] if len(flagged) else None
         self.trigger_ = self.triggers_[flagged[0]] if len(flagged) else None
+
+    def _is_conclusive(self):
+        """Tell whether the statistic that flags says anything."""
+        return not np.isnan(self.p_values_).all()
 
     def _finish(self, run, results):
         """Do what is to be done for the classes flagged."""
@@ -241,7 +254,9 @@ class Run:
             "images": joblib_hash(np.ascontiguousarray(self.X)),
             "labels": joblib_hash(self.y),
             "bfloat16": self.bfloat16,
+            "device": str(getattr(self.victim, "device_", "cpu")),
             "torch": torch.__version__,
+            "sklearn_backdoor": sklearn_backdoor.__version__,
         }
 
     def __call__(self, groups, stage="search", **options):
@@ -281,11 +296,11 @@ class Run:
                 )
                 for group in groups
             )
-            for group, results in zip(
-                groups,
-                Parallel(n_jobs=engineer.n_jobs, return_as="generator")(jobs),
-                strict=True,
-            ):
+            # not every backend of joblib yields results as they come
+            parallel = Parallel(n_jobs=engineer.n_jobs)
+            if getattr(parallel._backend, "supports_return_generator", False):
+                parallel = Parallel(n_jobs=engineer.n_jobs, return_as="generator")
+            for group, results in zip(groups, parallel(jobs), strict=True):
                 for task, result in zip(group, results, strict=True):
                     found.append(result)
                     self.passes += result.passes
@@ -395,4 +410,6 @@ def _bfloat16_holds(victim, X):
 def _has_bfloat16(device):
     if device.type != "cpu":
         return False  # not tried on other devices
+    if not torch.backends.mkldnn.is_available():
+        return False
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -32,7 +32,9 @@ class CheckpointFolder:
 
     def __init__(self, folder, identity):
         self.folder = Path(folder)
-        self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        self.identity = json.loads(
+            json.dumps({"format": FORMAT, **identity}, default=_plain)
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = self.folder / "manifest.json"
         if manifest.exists():
@@ -89,8 +91,8 @@ class CheckpointFolder:
 
     def save(self, name, search, *, now=False):
         """Keep a search, unless the last save was a moment ago."""
-        if not now and time.monotonic() - self._saved < _SECONDS:
-            return
+        if not now and 0 <= time.monotonic() - self._saved < _SECONDS:
+            return  # less than 0: another machine's clock
         tensors, numbers = search.pack()
         about = {"key": self.key, "digest": _digest(tensors), "numbers": numbers}
         path = self._path(name)
@@ -114,6 +116,11 @@ class CheckpointFolder:
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(content)
         os.replace(part, path)
+
+
+def _plain(value):
+    """Return a NumPy scalar, such as a grid search sets, as a Python one."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _digest(tensors):

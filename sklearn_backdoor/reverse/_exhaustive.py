@@ -159,7 +159,9 @@ class ExhaustiveSearch(Search):
         passes = self.passes + ImagePasses(n_forward, 0)
         reason = ""
         if self.numbers["nan"]:
-            reason = f"the network returned NaN at step {self.numbers['step']}"
+            reason = (
+                f"the network returned NaN or infinity at step {self.numbers['step']}"
+            )
         elif rate < self.success_rate:
             reason = (
                 f"success rate {rate:.2f} after {self.numbers['step']} steps, "

@@ -108,6 +108,8 @@ class FastReverseEngineer(BaseReverseEngineer):
         return best
 
     def _conclude(self, run, results):
+        if self.sources != "pairs":
+            self.pair_norms_ = self.pair_converged_ = None
         weights = [result.source_weights for result in results]
         self.source_weights_ = None if weights[0] is None else np.stack(weights)
         super()._conclude(run, results)
@@ -133,10 +135,11 @@ class FastReverseEngineer(BaseReverseEngineer):
         ]
         if not flagged:
             return
-        others = np.setdiff1d(np.flatnonzero(self.converged_), flagged)
+        unflagged = ~np.isin(self.classes_, self.target_classes_)
+        others = np.flatnonzero(self.converged_ & unflagged)
         rate, norm = (
             np.median(self.success_rates_[others]),
-            np.median(self.norms_[others]),
+            max(np.median(self.norms_[others]), 1e-12),
         )
         tasks = [Task(number) for number in flagged]
         if self.sources == "pairs":
@@ -149,6 +152,8 @@ class FastReverseEngineer(BaseReverseEngineer):
             price=float(rate / norm),
         )
         for number, result in zip(flagged, refined, strict=True):
+            if not result.converged:
+                continue  # what the search found is better
             self.triggers_[number] = result.trigger
             self.success_rates_[number] = result.success_rate
         self.trigger_ = self.triggers_[flagged[0]]

@@ -195,14 +195,17 @@ class NCReverseEngineer(FastReverseEngineer):
         n_classes = len(run.victim.classes_)
         return run([[Task(target)] for target in range(n_classes)])
 
-    def _choose_precision(self, victim, X):
-        if self.schedule == "fast":
-            return super()._choose_precision(victim, X)
-        return False, 0
+    def _is_exact(self):
+        return self.schedule == "exhaustive"
 
     def _finish(self, run, results):
         if self.schedule == "fast":
             super()._finish(run, results)
+
+    def _is_conclusive(self):
+        if self.threshold is None and self.schedule == "fast":
+            return super()._is_conclusive()
+        return not np.isnan(self.anomaly_indices_).all()
 
     def _flag(self):
         if self.threshold is None and self.schedule == "fast":

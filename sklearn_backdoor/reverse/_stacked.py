@@ -162,17 +162,19 @@ class StackedSearch(Search):
             scores.flatten(0, 1), wanted.flatten(), reduction="none"
         ).view_as(wanted)
         hits = (scores.argmax(2) == wanted) & ~scores.isnan().any(2)
-        self._note_nan(scores)
+        self._note_nan(~losses.isfinite().all(1))
         with torch.no_grad():
             weights = self._weigh(losses, hits, y)
         self._move(weights * losses, hits)
-        self.numbers["step"] += 1
-        self.numbers["forward"] += self.batch_size
-        self.numbers["backward"] += self.batch_size
         with torch.no_grad():
+            for value in self._now.values():
+                self._note_nan(~value.flatten(1).isfinite().all(1))
             failed = self.tensors["nan_step"] >= 0
             for name, value in self._now.items():
                 value[failed] = before[name][failed]
+            self.numbers["step"] += 1
+            self.numbers["forward"] += self.batch_size
+            self.numbers["backward"] += self.batch_size
             self._keep_best(before)
 
     def _draw(self, number):
@@ -205,9 +207,9 @@ class StackedSearch(Search):
         flat = self._embed(images, shape).flatten(0, 1)
         return self.problem.logits(flat).view(*images.shape[:2], -1)
 
-    def _note_nan(self, scores):
-        bad = scores.isnan().flatten(1).any(1) & (self.tensors["nan_step"] < 0)
-        self.tensors["nan_step"][bad] = self.numbers["step"]
+    def _note_nan(self, bad):
+        first = bad & (self.tensors["nan_step"] < 0)
+        self.tensors["nan_step"][first] = self.numbers["step"]
 
     def _weigh(self, losses, hits, y):
         """Update the running success rates; return a weight an image."""
@@ -268,7 +270,7 @@ class StackedSearch(Search):
             nan_step = int(self.tensors["nan_step"][number])
             reason = ""
             if nan_step >= 0:
-                reason = f"the network returned NaN at step {nan_step}"
+                reason = f"the network returned NaN or infinity at step {nan_step}"
             elif rate < self.success_rate:
                 reason = (
                     f"success rate {rate:.2f} after {self.steps} steps, "
