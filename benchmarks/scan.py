@@ -130,20 +130,27 @@ def run_population(bench, part="population", recipes=None):
         engineer = AutoReverseEngineer(VictimNetwork(network))
         record = _scanned(engineer, recipe, trigger, defense, unseen)
         record["config"]["part"] = part
-        for name, one in engineer.engineers_.items():
-            record["config"].setdefault("methods", {})[name] = {
-                "method": type(one).__name__,
-                "flagged_alone": one.classes_[one._flag()].tolist(),
-                "norms": one.norms_.tolist(),
-                "converged": one.converged_.tolist(),
-                "p_values": one.p_values_.tolist(),
-                "anomaly_indices": one.anomaly_indices_.tolist(),
-                "image_passes": one.n_image_passes_._asdict(),
-            }
+        record["config"]["methods"] = _by_method(engineer)
         bench.append(
             {**record, "data_source": bench.data(recipe["dataset"]).data_source}
         )
         _say(record)
+
+
+def _by_method(engineer):
+    """Return what each search of an automatic one saw."""
+    return {
+        name: {
+            "method": type(one).__name__,
+            "flagged_alone": one.classes_[one._flag()].tolist(),
+            "norms": one.norms_.tolist(),
+            "converged": one.converged_.tolist(),
+            "p_values": one.p_values_.tolist(),
+            "anomaly_indices": one.anomaly_indices_.tolist(),
+            "image_passes": one.n_image_passes_._asdict(),
+        }
+        for name, one in engineer.engineers_.items()
+    }
 
 
 def _of_every_kind(recipes):
@@ -241,6 +248,8 @@ def run_shared(bench):
             engineer = engineer_class(VictimNetwork(network))
             record = _scanned(engineer, recipe, trigger, defense, unseen)
             record["config"].update(part="shared", victim=name)
+            if hasattr(engineer, "engineers_"):
+                record["config"]["methods"] = _by_method(engineer)
             bench.append({**record, "data_source": "CIFAR-10, a JPEG copy"})
             _say(record)
 
