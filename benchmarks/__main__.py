@@ -88,11 +88,18 @@ def scan(parts, data_dir, shared, cifar10, seeds, victims, results):
 
 @main.command()
 @_results
-def report(results):
+@click.option("--picture", type=click.Path(), help="Where to draw the scans' costs.")
+def report(results, picture):
     """Print the README's tables, made from the results."""
     from benchmarks.report import report as run
+    from benchmarks.report_scan import draw_scan_results
 
     click.echo(run(results))
+    if picture:
+        figure = draw_scan_results(results)
+        if figure is None:
+            raise click.UsageError("there are no scans to draw: run `scan` first.")
+        figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.report_scan import report_scan
+
 PAPER = {
     "fashion-mnist": (0.9951, 0.0127, 0.8039),
     "mnist": (1.0, 0.0022, 0.9764),
@@ -25,12 +27,13 @@ def report(results):
     -------
     str
     """
-    return f"{_quality(results)}\n\n{_overhead(results)}"
+    return f"{_quality(results)}\n\n{_overhead(results)}\n\n{report_scan(results)}"
 
 
 def _quality(results):
     lines = (Path(results) / "inflight.jsonl").read_text().splitlines()
     table = pd.DataFrame([json.loads(line) for line in lines])
+    table = table[table["config"].map(lambda config: "part" not in config)]
     recipes = table["config"].map(lambda config: config["recipe"])
     table["training"] = recipes.map(lambda r: f"{r['epochs']} epochs, {r['lr']:g}")
     key = ["dataset", "training", "seed", "pipeline", "trigger", "conditional"]

@@ -208,10 +208,11 @@ def make_victim(recipe, data, victims=VICTIMS):
     image_shape = data.X_train.shape[1:]
     attack, seed = recipe["attack"], recipe["seed"]
     trigger = None if attack is None else make_trigger(attack, image_shape, seed)
-    factory = {
+    factories: dict = {
         "lenet5": partial(LeNet5, n_classes=10, image_shape=image_shape),
         "batch-norm": BatchNormNetwork,
-    }[recipe["network"]]
+    }
+    factory = factories[recipe["network"]]
     text = json.dumps(recipe, sort_keys=True)
     name = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = Path(victims) / f"{name}.safetensors"

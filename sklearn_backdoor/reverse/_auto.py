@@ -189,8 +189,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
             parts = [getattr(engineer, name) for engineer in engineers]
             setattr(self, name, [parts[k][t] for t, k in enumerate(chosen)])
         for name in ("norms_", "success_rates_", "converged_", "anomaly_indices_"):
-            parts = np.array([getattr(engineer, name) for engineer in engineers])
-            setattr(self, name, parts[chosen, np.arange(len(chosen))])
+            stacked = np.array([getattr(engineer, name) for engineer in engineers])
+            setattr(self, name, stacked[chosen, np.arange(len(chosen))])
         self.p_values_ = np.where(np.isnan(p).all(axis=0), np.nan, filled.min(axis=0))
         self._set_verdict(rank_by_p(self.p_values_, self.alpha))
         inconclusive = [one.verdict_ == "inconclusive" for one in engineers]

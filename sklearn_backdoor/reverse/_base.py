@@ -37,8 +37,15 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
     between them.
     """
 
-    _null = "log-normal"  # distribution of norms, for the p-values
-    _prior_sd = PATCH_SD
+    @property
+    def _null(self):
+        """Distribution of the norms of classes that are no targets."""
+        return "log-normal"
+
+    @property
+    def _prior_sd(self):
+        """Usual standard deviation of their logarithms."""
+        return PATCH_SD
 
     def fit(self, X, y):
         """Search a trigger for each candidate target class and reach a verdict.

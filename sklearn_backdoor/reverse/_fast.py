@@ -1,5 +1,7 @@
 """The fast schedule: screen, search at equal budget, judge, refine what is flagged."""
 
+from typing import Any
+
 import numpy as np
 from sklearn.utils import check_random_state
 
@@ -23,6 +25,8 @@ class FastReverseEngineer(BaseReverseEngineer):
     A subclass names its kind of `StackedSearch` in ``_kind``.
     """
 
+    pair_norms_: Any
+    pair_converged_: Any
     _kind: type
     _rate = 0.75  # success at which norms are compared: below the ASR of weak attacks
 
@@ -111,7 +115,7 @@ class FastReverseEngineer(BaseReverseEngineer):
         if self.sources != "pairs":
             self.pair_norms_ = self.pair_converged_ = None
         weights = [result.source_weights for result in results]
-        self.source_weights_ = None if weights[0] is None else np.stack(weights)
+        self.source_weights_: Any = None if weights[0] is None else np.stack(weights)
         super()._conclude(run, results)
 
     def _p_values(self, results, judged):

@@ -337,8 +337,8 @@ class StackedSearch(Search):
     def _choose(self):
         """Take the refined trigger that is worth its norm (§4.1: strong, but small)."""
         rows = self._rows_to_measure(2 * _N_MEASURED)
-        names = {name.rpartition(".")[0] for name in self.tensors}
-        names = sorted(name for name in names if name.startswith("snapshot"))
+        prefixes = {name.rpartition(".")[0] for name in self.tensors}
+        names = sorted(name for name in prefixes if name.startswith("snapshot"))
         best_value = torch.full_like(self.tensors["rate"], -torch.inf)
         best = {name: value.detach().clone() for name, value in self._now.items()}
         best_rates = torch.zeros_like(best_value)
@@ -364,6 +364,7 @@ class PatchSearch(StackedSearch):
     The mask's cost rises with the success rate's surplus and falls with its deficit.
     """
 
+    optimizer: torch.optim.Adam
     _shape = ("mask", "pattern")
     _lr, _betas, _last_lr = 0.1, (0.5, 0.9), 0.2
 

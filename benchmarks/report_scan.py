@@ -1,0 +1,273 @@
+"""Tables and pictures of the scans, made from the results."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from benchmarks.results import read
+from sklearn_backdoor.metrics import wilson_interval
+
+STRONG = 0.9  # attack success rate from which an attack ought to be found
+_KINDS = [
+    (attack, single)
+    for attack in ("white-box", "single-pixel", "chessboard", "blended")
+    for single in (False, True)
+]
+
+
+def _load(results, part, name="scan"):
+    """Return the lines of a part, the latest of each key, as flat records."""
+    found: dict = {}
+    for record in read(name, results=results):
+        if record["config"].get("part") == part:
+            key = record["config"]["key"], record.get("conditional")
+            found[key] = record
+    return list(found.values())
+
+
+def report_scan(results):
+    """Return the tables as Markdown, only those that there are results for.
+
+    Parameters
+    ----------
+    results : path-like
+        Folder of the JSON lines.
+
+    Returns
+    -------
+    str
+    """
+    parts = [
+        _population(_load(results, "population")),
+        _cost(_load(results, "cost")),
+        _classes(_load(results, "classes")),
+        _shared(_load(results, "shared")),
+        _budget(_load(results, "budget")),
+        _inflight(_load(results, "inflight", "inflight")),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _rate(hits, total):
+    if not total:
+        return "-"
+    low, high = wilson_interval(hits, total)
+    return f"{hits}/{total} = {hits / total:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _population(records):
+    """Return detection and false alarms by method, then by kind of attack."""
+    if not records:
+        return ""
+    strong = [r for r in records if r["attack"] and r["asr"] >= STRONG]
+    clean = [r for r in records if not r["attack"]]
+    lines = [
+        f"| search | flags by | detected, of {len(strong)} | right target, of these "
+        f"| false alarms, of {len(clean)} clean |",
+        "|---|---|---|---|---|",
+    ]
+    names = list(records[0]["config"]["methods"])
+    for name in (None, *names):
+
+        def flags(record, name=name):
+            if name is None:
+                return record["flagged"]
+            return record["config"]["methods"][name]["flagged_alone"]
+
+        detected = [r for r in strong if flags(r)]
+        right = sum(flags(r)[0] == r["target_class"] for r in detected)
+        alarms = sum(bool(flags(r)) for r in clean)
+        text = "**AutoReverseEngineer**" if name is None else f"{name}, alone"
+        rule = "p < 0.05, 4 searches" if name is None else "p < 0.05"
+        lines.append(
+            f"| {text} | {rule} | {_rate(len(detected), len(strong))} | "
+            f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
+        )
+    lines += ["", "| AutoReverseEngineer, by kind | LeNet-5 | batch-norm |"]
+    lines.append("|---|---|---|")
+    for attack, single in _KINDS:
+        cells = []
+        for network in ("lenet5", "batch-norm"):
+            kind = [
+                r
+                for r in strong
+                if r["attack"] == attack
+                and (r["sources"] != "all") == single
+                and r["network"] == network
+            ]
+            hits = sum(r["found"] == r["target_class"] for r in kind)
+            cells.append(f"{hits}/{len(kind)}")
+        text = f"{attack}, {'single' if single else 'multi'}-class"
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    seconds = np.median([r["seconds"] for r in records])
+    passes = np.median([_total(r) for r in records])
+    lines += [
+        "",
+        f"{len(records)} small victims, {len(strong)} of them with an ASR of {STRONG} "
+        "or more; in brackets 95 % Wilson intervals; by kind: the right target found. "
+        f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
+        f"backward), {seconds:.0f} s on one core.",
+    ]
+    return "\n".join(lines)
+
+
+def _total(record):
+    return sum(record["image_passes"].values())
+
+
+def _cost(records):
+    """Return fast against exhaustive Neural Cleanse on the same victims."""
+    table = pd.DataFrame(records)
+    if not len(table) or table["schedule"].nunique() < 2:
+        return ""
+    table["passes"] = [_total(r) for r in records]
+    table["victim"] = [str(r["config"]["recipe"]) for r in records]
+    table["p_found"] = [tuple(r["config"]["p_flagged"]) for r in records]
+    table["flags"] = [tuple(flagged) for flagged in table["flagged"]]
+    wide = table.pivot(index="victim", columns="schedule")
+    wide = wide[wide["seconds"].notna().all(axis=1)]
+    fast = wide.xs("fast", axis=1, level=1)
+    exhaustive = wide.xs("exhaustive", axis=1, level=1)
+    n = len(wide)
+    same = (fast.flags.map(bool) == exhaustive.flags.map(bool)).sum()
+    same_p = (fast.p_found.map(bool) == exhaustive.p_found.map(bool)).sum()
+    passes, seconds = fast.passes / exhaustive.passes, fast.seconds / exhaustive.seconds
+    sums = [fast[name].sum() / exhaustive[name].sum() for name in ("passes", "seconds")]
+    both = fast["asr_estimated"].notna() & exhaustive["asr_estimated"].notna()
+    gap = (
+        fast["asr_estimated"][both].astype(float)
+        - exhaustive["asr_estimated"][both].astype(float)
+    ).abs()
+    lines = [
+        "| Neural Cleanse, fast / exhaustive, same victims, same run | |",
+        "|---|---|",
+        f"| victims | {n} |",
+        f"| image passes: ratio of sums, largest | {sums[0]:.3f}, {passes.max():.3f} |",
+        f"| seconds: ratio of sums, largest | {sums[1]:.3f}, {seconds.max():.3f} |",
+        f"| same verdict (backdoored or not), each by its own rule | {same}/{n} |",
+        f"| same verdict, both by p < 0.05 | {same_p}/{n} |",
+        "| ASR of the estimated triggers on unseen images, difference where both found "
+        f"the target | median {gap.median():.3f}, largest {gap.max():.3f}, "
+        f"n = {len(gap)} |",
+    ]
+    return "\n".join(lines)
+
+
+def _classes(records):
+    """Return cost against the number of classes."""
+    if not records:
+        return ""
+    records = sorted(records, key=lambda r: r["config"]["n_classes"])
+    lines = [
+        "| classes | image passes | a class | seconds | found |",
+        "|---|---|---|---|---|",
+    ]
+    for r in records:
+        k = r["config"]["n_classes"]
+        lines.append(
+            f"| {k} | {_total(r):,} | {_total(r) / k:,.0f} | {r['seconds']:.0f} | "
+            f"{r['flagged']} (truth {r['target_class']}) |"
+        )
+    return "\n".join(lines)
+
+
+def _shared(records):
+    """Return the victims that other code made."""
+    if not records:
+        return ""
+    lines = [
+        "| victim made by other code | search | verdict | ASR true, estimated | "
+        "forward | backward | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        asr = "-"
+        if r["asr"] is not None:
+            estimated = r["asr_estimated"]
+            shown = "-" if estimated is None else f"{estimated:.3f}"
+            asr = f"{r['asr']:.3f}, {shown}"
+        passes = r["image_passes"]
+        lines.append(
+            f"| {r['config']['victim']} | {r['method']} | {r['config']['verdict']} "
+            f"{r['flagged'] or ''} | {asr} | {passes['forward']:,} | "
+            f"{passes['backward']:,} | {r['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _budget(records):
+    """Return how few steps find the shared white box."""
+    if not records:
+        return ""
+    records = sorted(records, key=lambda r: r["config"]["max_steps"])
+    lines = [
+        "| steps a class | forward | backward | p of the target | flagged | estimated "
+        "ASR |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        passes, target = r["image_passes"], r["target_class"]
+        asr = "-" if r["asr_estimated"] is None else f"{r['asr_estimated']:.3f}"
+        lines.append(
+            f"| {r['config']['max_steps']} | {passes['forward']:,} | "
+            f"{passes['backward']:,} | {r['config']['p_values'][target]:.2g} | "
+            f"{r['flagged']} | {asr} |"
+        )
+    return "\n".join(lines)
+
+
+def _inflight(records):
+    """Return the guard's rates with the estimated and the true trigger."""
+    records = [r for r in records if r["conditional"]]
+    if not records:
+        return ""
+    lines = [
+        "| data | attack | flagged | trigger | ASR of it | TPR | FPR | SIA |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        asr = r["asr_estimated"] if r["trigger"] == "estimated" else r["asr"]
+        lines.append(
+            f"| {r['dataset']} | {r['attack']} | {r['config']['flagged']} (truth "
+            f"{r['target_class']}) | {r['trigger']} | {asr:.3f} | {r['tpr']:.3f} | "
+            f"{r['fpr']:.3f} | {r['sia']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_scan_results(results):
+    """Draw cost against classes, and the verdict against the budget.
+
+    Parameters
+    ----------
+    results : path-like
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+        None where there are no results.
+    """
+    classes = sorted(_load(results, "classes"), key=lambda r: r["config"]["n_classes"])
+    budget = sorted(_load(results, "budget"), key=lambda r: r["config"]["max_steps"])
+    if not classes or not budget:
+        return None
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    k = np.array([r["config"]["n_classes"] for r in classes])
+    passes = np.array([_total(r) for r in classes])
+    left.loglog(k, passes, "o-", label="measured")
+    left.loglog(k, passes[0] * k / k[0], ":", color="grey", label="linear")
+    left.set_xlabel("classes")
+    left.set_ylabel("image passes (forward + backward)")
+    left.set_title("Cost against the number of classes")
+    left.legend()
+    totals = [_total(r) for r in budget]
+    p = [max(r["config"]["p_values"][r["target_class"]], 1e-12) for r in budget]
+    right.loglog(totals, p, "o-")
+    right.axhline(0.05, color="tab:red", linestyle="--", label="flagged below 0.05")
+    right.axvline(40_000, color="grey", linestyle=":", label="40 000 passes")
+    right.set_xlabel("image passes (forward + backward), ten classes")
+    right.set_ylabel("p-value of the true target")
+    right.set_title("ResNet-18, CIFAR-10, white box: the budget")
+    right.legend()
+    return figure
