@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import read
 from sklearn_backdoor.metrics import wilson_interval
+from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values
 
 STRONG = 0.9  # attack success rate from which an attack ought to be found
 _KINDS = [
@@ -83,6 +84,20 @@ def _population(records):
             f"| {text} | {rule} | {_rate(len(detected), len(strong))} | "
             f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
         )
+    for name, rule, published in (
+        ("patch", "index > 2, published", _by_index),
+        ("additive", "p < 0.05, Gamma, published", _by_gamma),
+    ):
+        detected = [r for r in strong if published(r["config"]["methods"][name])]
+        right = sum(
+            int(np.argmin(_norms(r["config"]["methods"][name]))) == r["target_class"]
+            for r in detected
+        )
+        alarms = sum(published(r["config"]["methods"][name]) for r in clean)
+        lines.append(
+            f"| {name}, alone | {rule} | {_rate(len(detected), len(strong))} | "
+            f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
+        )
     lines += ["", "| AutoReverseEngineer, by kind | LeNet-5 | batch-norm |"]
     lines.append("|---|---|---|")
     for attack, single in _KINDS:
@@ -111,6 +126,22 @@ def _population(records):
     return "\n".join(lines)
 
 
+def _norms(seen):
+    return np.where(seen["converged"], seen["norms"], np.inf)
+
+
+def _by_index(seen):
+    """Tell whether the published rule of Neural Cleanse flags a class."""
+    indices, below = anomaly_indices(seen["norms"], seen["converged"])
+    return bool((below & (indices > 2)).any())
+
+
+def _by_gamma(seen):
+    """Tell whether the published null of the additive search flags a class."""
+    p = p_values(seen["norms"], seen["converged"], null="gamma")
+    return bool((p < 0.05).any())
+
+
 def _total(record):
     return sum(record["image_passes"].values())
 
@@ -129,8 +160,8 @@ def _cost(records):
     fast = wide.xs("fast", axis=1, level=1)
     exhaustive = wide.xs("exhaustive", axis=1, level=1)
     n = len(wide)
-    same = (fast.flags.map(bool) == exhaustive.flags.map(bool)).sum()
-    same_p = (fast.p_found.map(bool) == exhaustive.p_found.map(bool)).sum()
+    same = (fast["flags"].map(bool) == exhaustive["flags"].map(bool)).sum()
+    same_p = (fast["p_found"].map(bool) == exhaustive["p_found"].map(bool)).sum()
     passes, seconds = fast.passes / exhaustive.passes, fast.seconds / exhaustive.seconds
     sums = [fast[name].sum() / exhaustive[name].sum() for name in ("passes", "seconds")]
     both = fast["asr_estimated"].notna() & exhaustive["asr_estimated"].notna()

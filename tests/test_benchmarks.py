@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import quality, report, results, victims
+from benchmarks import quality, report, report_scan, results, scan, victims
 from benchmarks.__main__ import main
 from benchmarks.overhead import medians
 from sklearn_backdoor.datasets import load_digits
@@ -16,6 +16,10 @@ INFLIGHT = (
     "budget acc asr asr_estimated tpr fpr sia auroc tpr_at_1pct_fpr n_trigger n_clean "
     "conditional image_passes_per_image"
 ).split()
+SCAN = (
+    "dataset network attack sources target_class asr method schedule flagged found "
+    "asr_estimated image_passes"
+).split()
 OVERHEAD = "what network batch_size ratio".split()
 
 
@@ -24,12 +28,17 @@ def lines(path):
 
 
 def test_landed_results_follow_the_schema():
-    for name, fields in (("inflight", INFLIGHT), ("overhead", OVERHEAD)):
+    ids = []
+    for name, fields in (
+        ("inflight", INFLIGHT),
+        ("overhead", OVERHEAD),
+        ("scan", SCAN),
+    ):
         records = lines(results.RESULTS / f"{name}.jsonl")
         assert records
         for record in records:
             assert set(ALWAYS + fields) <= set(record)
-    ids = [record["run_id"] for record in records]
+        ids += [record["run_id"] for record in records]
     assert len(set(ids)) == len(ids)
 
 
@@ -95,3 +104,30 @@ def test_medians_take_functions_in_turn_and_leave_out_the_first_round():
     found = medians(lambda: calls.append("a"), lambda: calls.append("b"), n_repeats=3)
     assert "".join(calls) == "ab" * 4
     assert len(found) == 2 and np.all(np.array(found) >= 0)
+
+
+@pytest.mark.filterwarnings("ignore:the victim is right on")
+def test_scans_are_appended_once_and_make_a_table(monkeypatch, tmp_path):
+    recipes = [
+        {**victims.population(1)[number], "epochs": 1, "dataset": "digits"}
+        for number in (0, 8)
+    ]
+    recipes = [{**r, "n_per_class": r["attack"] and 0.1} for r in recipes]
+    monkeypatch.setattr(scan, "population", lambda seeds: recipes)
+    original = scan.AutoReverseEngineer
+
+    def brief(victim):
+        engineer = scan.NCReverseEngineer(victim, max_steps=3)
+        return original(victim, engineers=[("patch", engineer), ("additive", engineer)])
+
+    monkeypatch.setattr(scan, "AutoReverseEngineer", brief)
+    options = ["scan", "--part", "population", "--seeds", "1"]
+    options += ["--victims", tmp_path / "v", "--results", tmp_path / "r"]
+    for _ in range(2):  # the second time nothing is left to do
+        done = CliRunner().invoke(main, [str(option) for option in options])
+        assert done.exit_code == 0, done.output
+        records = lines(tmp_path / "r" / "scan.jsonl")
+        assert [r["attack"] for r in records] == ["white-box", None]
+        assert all(set(ALWAYS + SCAN) <= set(record) for record in records)
+    text = report_scan.report_scan(tmp_path / "r")
+    assert "2 small victims" in text and "false alarms, of 1 clean" in text
