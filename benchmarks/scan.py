@@ -223,7 +223,7 @@ def _many_classes(n_classes):
         partial(LeNet5, n_classes=n_classes),
         poisoned.X,
         poisoned.y,
-        epochs=12,
+        epochs=max(12, 600 // n_classes),
         lr=3e-3,
         batch_size=64,
     )
