@@ -20,8 +20,8 @@ from sklearn_backdoor import (
     VictimNetwork,
 )
 from sklearn_backdoor.reverse import _base, _checkpoint
+from sklearn_backdoor.reverse._forms import AdditiveSearch, PatchSearch
 from sklearn_backdoor.reverse._search import Problem, Task
-from sklearn_backdoor.reverse._stacked import AdditiveSearch, PatchSearch
 from tests.common import LinearNetwork, linear_images
 
 

@@ -295,12 +295,11 @@ def test_the_same_seed_gives_the_same_bits_and_uint8_the_same_target(fitted):
     assert as_bytes.target_class_ == 2
 
 
-@pytest.mark.filterwarnings("ignore:the victim is right on")
 def test_the_victim_and_the_global_random_state_are_untouched(images):
     X, y = images
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 6)
-    ).train()
+    last = nn.Linear(16, 6)  # class k lights pixel k
+    last.weight.data = 10 * torch.eye(6, 16)
+    network = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), last).train()
     before = fingerprint(network)
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     NCReverseEngineer(VictimNetwork(network), max_steps=3).fit(X, y)
@@ -325,7 +324,8 @@ def test_nan_in_a_search_ends_unconverged_with_finite_norms(images, schedule):
     engineer = NCReverseEngineer(VictimNetwork(Exploding()), max_steps=5)
     engineer.set_params(schedule=schedule).fit(*images)
     assert "NaN or infinity" in engineer.reasons_[0]
-    assert engineer.converged_.sum() < 3
+    # in the fast schedule a class may never light the pixel
+    assert engineer.converged_.sum() <= (0 if schedule == "exhaustive" else 2)
     assert np.isfinite(engineer.norms_).all()
     assert engineer.verdict_ == "inconclusive"
 

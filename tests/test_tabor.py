@@ -5,8 +5,8 @@ from torch.nn.functional import cross_entropy
 
 from sklearn_backdoor import VictimNetwork
 from sklearn_backdoor._torch import torch_generator
+from sklearn_backdoor.reverse._forms import PatchSearch
 from sklearn_backdoor.reverse._search import Problem, Task
-from sklearn_backdoor.reverse._stacked import PatchSearch
 from sklearn_backdoor.reverse._tabor import (
     WEIGHTS,
     TABORReverseEngineer,

@@ -8,7 +8,7 @@ from sklearn_backdoor.reverse._anomaly import (
     rank_by_p,
 )
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
-from sklearn_backdoor.reverse._stacked import AdditiveSearch
+from sklearn_backdoor.reverse._forms import AdditiveSearch
 
 # a weak attack reaches it too, at a larger amplitude; norms of classes that are no
 # targets grow faster with the rate

@@ -9,9 +9,9 @@ MIN_INFORMATIVE = 5
 MIN_SPREAD = 0.05
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # Usual standard deviation of log-norms within a clean victim, for all sources and for a
-# few, and how many classes' worth of evidence that is: such that the automatic search
-# flags at most one of 24 clean victims kept for that alone
-# (`python -m benchmarks scan --part calibration`).
+# few, and how many classes' worth of evidence that is: such that each search by itself
+# flags at most one of 24 clean victims kept for that alone, at a quarter of 0.05; the
+# automatic search flags two (`python -m benchmarks scan --part calibration`).
 PATCH_SD, PATCH_FEW_SD = 0.45, 0.5
 ADDITIVE_SD, ADDITIVE_FEW_SD = 0.16, 0.25
 PRIOR_DF = 8.0

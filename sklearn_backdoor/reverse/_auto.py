@@ -9,8 +9,9 @@ from sklearn.base import clone
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._anomaly import rank_by_p
-from sklearn_backdoor.reverse._base import BaseReverseEngineer, Run
+from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
 
 

@@ -6,8 +6,8 @@ from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import anomaly_indices, rank_by_p
 from sklearn_backdoor.reverse._exhaustive import ExhaustiveSearch
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
+from sklearn_backdoor.reverse._forms import PatchSearch
 from sklearn_backdoor.reverse._search import Task
-from sklearn_backdoor.reverse._stacked import PatchSearch
 
 SCHEDULES = ("fast", "exhaustive")
 _EXHAUSTIVE_STEPS = 1000

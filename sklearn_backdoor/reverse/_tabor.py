@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import rank_by_p
 from sklearn_backdoor.reverse._fast import FastReverseEngineer
-from sklearn_backdoor.reverse._stacked import PatchSearch
+from sklearn_backdoor.reverse._forms import PatchSearch
 
 WEIGHTS = {
     "mask_size": 0.5,
