@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.recipes import BUDGETS
 from benchmarks.results import RESULTS
 from benchmarks.victims import LOADERS, VICTIMS
 
@@ -84,6 +85,98 @@ def scan(parts, data_dir, shared, cifar10, seeds, victims, results):
             raise click.UsageError("the shared victims need --shared and --cifar10")
         parts = parts or [part for part in PARTS if part not in needed]
     run(parts or PARTS, Bench(data_dir, shared, cifar10, victims, results, seeds))
+
+
+_of_tables = [
+    _data_dir,
+    click.option(
+        "--cifar10", type=click.Path(exists=True), help="Folders of CIFAR-10."
+    ),
+    _results,
+    click.option("--cells", multiple=True, help="Parts of names; all unless given."),
+    click.option("--seeds", default="0", show_default=True, help="As 0-4 or 1,3."),
+    click.option("--n-per-class", multiple=True, type=click.IntRange(3)),
+    click.option("--budget", type=click.Choice(BUDGETS), default="cpu"),
+    click.option("--victims", type=click.Path(exists=True), help="Ready victims."),
+    click.option("--cache", type=click.Path(), default=VICTIMS, show_default=True),
+    click.option("--device", default="cpu", show_default=True),
+    click.option("--image-size", default=224, show_default=True, help="Of PubFig."),
+]
+
+
+def _runs_cells(name, help_text, run):
+    """Make a command of a function (bench, seeds, select, n_per_class)."""
+
+    def command(cells, seeds, n_per_class, **options):
+        from benchmarks.cases import Data
+        from benchmarks.tables import Bench
+
+        data = Data(
+            options["data_dir"],
+            cifar10=options["cifar10"],
+            image_size=options["image_size"],
+        )
+        bench = Bench(
+            data,
+            options["results"],
+            options["cache"],
+            ready=options["victims"],
+            budget=options["budget"],
+            device=options["device"],
+            log=click.echo,
+        )
+        run(bench, _numbers(seeds), cells, n_per_class)
+
+    for option in reversed(_of_tables):
+        command = option(command)
+    main.command(name, help=help_text)(command)
+
+
+def _table(number):
+    def run(bench, seeds, select, n_per_class):
+        from benchmarks.tables import run_table
+
+        run_table(
+            number,
+            bench,
+            seeds=seeds,
+            select=select,
+            n_per_class=n_per_class or (None,),
+        )
+
+    return run
+
+
+def _levers(bench, seeds, select, n_per_class):
+    from benchmarks.levers import levers, rank
+
+    levers(
+        bench,
+        seeds=seeds,
+        select=select or ("lenet5",),
+        n_per_class=n_per_class or (100,),
+    )
+    click.echo(rank(bench.results).round(4).to_string())
+
+
+for _number in (1, 2, 3, 4):
+    _runs_cells(
+        f"table{_number}", f"Table {_number} of the paper; resumes.", _table(_number)
+    )
+_runs_cells("levers", "Log-loss on D_Defense of what could be the default.", _levers)
+
+
+def _numbers(text):
+    """Read "0-4" or "1,3"."""
+    try:
+        parts = [part.partition("-") for part in text.split(",")]
+        return [
+            number
+            for low, _, high in parts
+            for number in range(int(low), int(high or low) + 1)
+        ]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}, expected such as 0-4 or 1,3") from None
 
 
 @main.command()

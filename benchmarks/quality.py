@@ -7,15 +7,13 @@ import pandas as pd
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
+from benchmarks.contenders import pipelines
 from benchmarks.report import PAPER
 from benchmarks.results import append
 from benchmarks.victims import LOADERS, white_box_lenet5
 from sklearn_backdoor import (
     BackdoorGuard,
-    BackdoorTriggerClassifier,
     NCReverseEngineer,
     VictimNetwork,
     asr_score,
@@ -27,8 +25,6 @@ from sklearn_backdoor.datasets import split_defense
 from sklearn_backdoor.guard import default_classifier
 
 N_PER_CLASS = 100
-# the paper names the mixture, not its settings; one full component held up best
-PAPER_DENSITY = GaussianMixture(1, covariance_type="full", reg_covar=0.1)
 GRID = {
     "covariance_type": ["full", "tied", "diag", "spherical"],
     "n_components": [1, 2, 3],
@@ -36,16 +32,6 @@ GRID = {
 }
 START = ("diag", 2, 1.0)
 N_FOLDS = 5
-
-
-def pipelines():
-    """Return the two classifiers that are compared, by their name in the results."""
-    return {
-        "discriminant": default_classifier(),
-        "paper": make_pipeline(
-            StandardScaler(), BackdoorTriggerClassifier(PAPER_DENSITY)
-        ),
-    }
 
 
 def prepare(dataset, data_dir, seed, victims, **training):

@@ -2,6 +2,14 @@
 
 from sklearn_backdoor.attacks import poison
 from sklearn_backdoor.classifier import BackdoorTriggerClassifier
+from sklearn_backdoor.detectors import (
+    B3DDetector,
+    IBDPSCDetector,
+    NCActivationDetector,
+    NCPatcher,
+    SCALEUPDetector,
+    STRIPDetector,
+)
 from sklearn_backdoor.embedding import TriggerEmbedder
 from sklearn_backdoor.guard import BackdoorGuard
 from sklearn_backdoor.metrics import (
@@ -36,11 +44,17 @@ __all__ = [
     "AdditiveReverseEngineer",
     "AdditiveTrigger",
     "AutoReverseEngineer",
+    "B3DDetector",
     "B3DReverseEngineer",
     "BackdoorGuard",
     "BackdoorTriggerClassifier",
+    "IBDPSCDetector",
+    "NCActivationDetector",
+    "NCPatcher",
     "NCReverseEngineer",
     "PatchTrigger",
+    "SCALEUPDetector",
+    "STRIPDetector",
     "TABORReverseEngineer",
     "TriggerEmbedder",
     "VictimNetwork",

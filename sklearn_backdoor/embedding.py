@@ -83,18 +83,9 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
             )
         y = np.asarray(y)
         check_labels(y, np.unique(y), len(X))
-        trigger, target, engineer = self.trigger, self.target_class, None
-        if target is not None:
-            check_target_class(target, y)
-        if not isinstance(trigger, Trigger):
-            engineer = check_engineer(trigger).fit(X, y)
-            trigger, target = _finding_of(engineer, target)
-        if target is None:
-            raise ValueError(
-                "target_class=None with a trigger value: name the class that the "
-                "backdoor leads to, or give a reverse engineer as trigger."
-            )
-        trigger.embed(X[:1])
+        trigger, target, engineer = resolve_trigger(
+            self.trigger, self.target_class, X, y, classes=y
+        )
         self.engineer_ = engineer
         self.trigger_ = trigger
         self.target_class_ = target
@@ -164,6 +155,52 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
         return tags
+
+
+def resolve_trigger(trigger, target_class, X, y, *, classes):
+    """Return a trigger value and where it leads, from either kind of ``trigger``.
+
+    Parameters
+    ----------
+    trigger : Trigger or reverse engineer
+        A reverse engineer is cloned and fitted.
+    target_class : label or None
+        None takes the class that the reverse engineer finds.
+    X : ndarray of shape (n_samples, *image_shape)
+        Clean images, ``uint8`` in 0...255 or floating point in 0...1.
+    y : ndarray of shape (n_samples,)
+        Their labels.
+    classes : ndarray
+        What ``target_class`` may be.
+
+    Returns
+    -------
+    trigger : Trigger
+    target_class : label
+    engineer : reverse engineer or None
+        Fitted; None where ``trigger`` is a value.
+
+    Raises
+    ------
+    TypeError
+        If ``trigger`` is neither.
+    ValueError
+        If the target class is unknown, the reverse engineer flagged none, or the
+        trigger does not fit the images.
+    """
+    if target_class is not None:
+        check_target_class(target_class, classes)
+    engineer = None
+    if not isinstance(trigger, Trigger):
+        engineer = check_engineer(trigger).fit(X, y)
+        trigger, target_class = _finding_of(engineer, target_class)
+    if target_class is None:
+        raise ValueError(
+            "target_class=None with a trigger value: name the class that the "
+            "backdoor leads to, or give a reverse engineer as trigger."
+        )
+    trigger.embed(X[:1])  # says so where the shapes do not fit
+    return trigger, target_class, engineer
 
 
 def check_engineer(trigger):

@@ -10,7 +10,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_backdoor._validation import check_images, check_labels, check_target_class
+from sklearn_backdoor._validation import (
+    check_images,
+    check_labels,
+    check_number,
+    check_target_class,
+)
 from sklearn_backdoor.classifier import (
     BackdoorTriggerClassifier,
     log_ratio,
@@ -48,6 +53,10 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     target_class : label, default=None
         With a trigger value: where it leads. With a reverse engineer: defend this class
         alone, flagged or not.
+    strength : float, default=1.2
+        Multiple of the estimated trigger that is embedded: an estimate is the smallest
+        that works, an attacker's own is stronger. 1 is the paper's. A trigger value is
+        taken as it is.
     random_state : int, RandomState instance or None, default=0
         Of the default reverse engineer, and of parts of the classifier whose own
         random state is None.
@@ -84,12 +93,14 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         classifier=None,
         *,
         target_class=None,
+        strength=1.2,
         random_state=0,
     ):
         self.victim = victim
         self.trigger = trigger
         self.classifier = classifier
         self.target_class = target_class
+        self.strength = strength
         self.random_state = random_state
 
     def fit(self, X, y):
@@ -113,6 +124,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             If images, labels, victim, trigger and classifier do not fit each other.
         """
         X = check_images(X, ndim=4)
+        check_number(self.strength, "strength", 0)
         victim = check_victim(self.victim).fit(X, y)
         fewest = 3 if self.classifier is None else 2  # the discriminant step needs 3
         check_labels(y, victim.classes_, len(X), all_present=True, min_per_class=fewest)
@@ -148,7 +160,10 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         else:
             engineer = check_engineer(self.trigger)
         engineer = seeded_clone(engineer, self.random_state).fit(X, y)
-        estimates = dict(zip(classes.tolist(), engineer.triggers_, strict=True))
+        estimates = {
+            label: trigger.scaled(self.strength)
+            for label, trigger in zip(classes.tolist(), engineer.triggers_, strict=True)
+        }
         if self.target_class is not None:
             targets, verdict = [self.target_class], "backdoored"
         else:

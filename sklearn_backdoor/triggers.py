@@ -71,6 +71,21 @@ class Trigger(ABC):
             return self._apply(X.astype(np.float32)).astype(np.float16)
         return self._apply(X).astype(X.dtype, copy=False)
 
+    @abstractmethod
+    def scaled(self, factor):
+        """Return the trigger at a multiple of its strength.
+
+        Parameters
+        ----------
+        factor : float, 0 or more
+            Of the mask's opacity, or of the perturbation; clipped to what pixels and
+            masks can be.
+
+        Returns
+        -------
+        Trigger
+        """
+
     def to_image(self):
         """Return the trigger on mid-grey, or on its own, to look at.
 
@@ -192,6 +207,11 @@ class PatchTrigger(Trigger):
         """L1 norm of the mask: pixels covered, weighted by opacity."""
         return float(self.mask.sum(dtype=np.float64))
 
+    def scaled(self, factor):
+        """Return the trigger with its mask's opacity times ``factor``, at most 1."""
+        check_number(factor, "factor", 0)
+        return PatchTrigger(np.minimum(self.mask * factor, 1), self.pattern)
+
     def _apply(self, X):
         stamped = (1 - self.mask) * X + self.mask * self.pattern
         # rounding may leave 0...1 by one bit
@@ -238,6 +258,11 @@ class AdditiveTrigger(Trigger):
     def l2_norm(self):
         """L2 norm of the perturbation, pixels in 0...1."""
         return float(np.sqrt(np.sum(self.perturbation.astype(np.float64) ** 2)))
+
+    def scaled(self, factor):
+        """Return the perturbation times ``factor``, clipped to -1...1."""
+        check_number(factor, "factor", 0)
+        return AdditiveTrigger(np.clip(self.perturbation * factor, -1, 1))
 
     def _apply(self, X):
         moved = X + self.perturbation

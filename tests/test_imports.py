@@ -22,6 +22,7 @@ LEVELS = {
     "victim": 2,
     "embedding": 2,
     "reverse": 3,
+    "detectors": 4,
     "guard": 4,
     "networks": 0,
     "_weights": 0,

@@ -1,0 +1,330 @@
+"""What each table of the paper asks for, and how its victims are made (§5.1)."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import joblib
+from safetensors.torch import load_file, save_file
+from sklearn.model_selection import train_test_split
+from sklearn.utils import Bunch
+
+from benchmarks.training import train
+from sklearn_backdoor import chessboard, datasets, poison, single_pixel, white_box
+from sklearn_backdoor.networks import VGG16, LeNet5, ResNet18
+from sklearn_backdoor.trojan import trojan_square, trojan_watermark
+
+VERSION = 3  # raise it when training or poisoning changes what it makes
+BUDGETS = ("paper", "cpu")
+SHORT = {
+    "chessboard": "CB",
+    "single-pixel": "SP",
+    "white-box": "WB",
+    "trojan-square": "SQ",
+    "trojan-watermark": "WM",
+}
+_LENET5 = {
+    "epochs": 10,
+    "lr": 1e-3,
+    "batch_size": 128,
+    "optimizer": "adam",
+    "schedule": "one-cycle",
+    "augment": [],
+    "bfloat16": False,
+}
+# the paper says nothing about the training of LeNet-5 and VGG-16: ours in both budgets
+TRAINING: dict = {
+    ("lenet5", "paper"): _LENET5,
+    ("lenet5", "cpu"): _LENET5,
+    ("resnet18", "paper"): {
+        "epochs": 150,
+        "lr": 0.1,
+        "batch_size": 32,
+        "optimizer": "sgd",
+        "schedule": "halved every 50",
+        "augment": ["crop", "flip"],
+        "bfloat16": False,
+    },
+    ("resnet18", "cpu"): {
+        "epochs": 10,
+        "lr": 0.1,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "schedule": "one-cycle",
+        "augment": ["crop", "flip"],
+        "bfloat16": True,
+    },
+    ("vgg16", "paper"): {
+        "epochs": 100,
+        "lr": 1e-4,
+        "batch_size": 32,
+        "optimizer": "adam",
+        "schedule": "one-cycle",
+        "augment": ["crop", "flip"],
+        "bfloat16": False,
+    },
+    ("vgg16", "cpu"): {
+        "epochs": 30,
+        "lr": 1e-4,
+        "batch_size": 32,
+        "optimizer": "adam",
+        "schedule": "one-cycle",
+        "augment": ["crop", "flip"],
+        "bfloat16": True,
+    },
+}
+NETWORKS = {"cifar10": "resnet18", "pubfig": "vgg16"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A victim that a table asks for."""
+
+    dataset: str
+    attack: str
+    single: bool
+    seed: int
+
+    @property
+    def network(self):
+        """Name of the network."""
+        return NETWORKS.get(self.dataset, "lenet5")
+
+    @property
+    def name(self):
+        """What ``--cells`` selects by, and the file name of a ready victim."""
+        kind = "single" if self.single else "multi"
+        return f"{self.dataset}-{self.network}-{self.attack}-{kind}"
+
+    @property
+    def target_class(self):
+        """The paper's target."""
+        return 19 if self.dataset == "pubfig" else 9
+
+
+def cells(table, seeds):
+    """List the victims of a table.
+
+    Parameters
+    ----------
+    table : {1, 2, 3, 4}
+    seeds : sequence of int
+
+    Returns
+    -------
+    list of Cell
+    """
+    if table in (1, 2):
+        kinds = [
+            ("cifar10", attack, single)
+            for single in (True, False)
+            for attack in ("chessboard", "single-pixel", "white-box")
+        ]
+    elif table == 3:
+        kinds = [("fashion-mnist", "white-box", False), ("cifar10", "white-box", False)]
+    else:
+        kinds = [("pubfig", attack, False) for attack in list(SHORT)[3:]]
+        kinds += [
+            (dataset, attack, False)
+            for dataset in ("mnist", "fashion-mnist")
+            for attack in ("chessboard", "white-box")
+        ]
+    return [Cell(*kind, seed) for seed in seeds for kind in kinds]
+
+
+def make_recipe(cell, budget, data):
+    """Return all settings of a victim.
+
+    Parameters
+    ----------
+    cell : Cell
+    budget : {"paper", "cpu"}
+    data : Bunch
+        The cell's data set; what it holds goes into the recipe, not where it lies.
+
+    Returns
+    -------
+    dict
+        Written beside the weights; its hash names them.
+    """
+    training = dict(TRAINING[cell.network, budget])
+    recipe = {
+        "version": VERSION,
+        "dataset": cell.dataset,
+        "data": joblib.hash((data.X_train[::101], data.y_train[::101])),
+        "network": cell.network,
+        "attack": cell.attack,
+        "sources": [0] if cell.single else "all",
+        "n_per_class": 2 if cell.dataset == "pubfig" else 1000 if cell.single else 100,
+        "target_class": cell.target_class,
+        "seed": cell.seed,
+        "budget": budget,
+        **training,
+    }
+    if cell.attack == "chessboard":
+        recipe["amplitude"] = _amplitude(cell, budget)
+        if budget == "cpu" and "crop" in training["augment"]:
+            # an odd shift or a flip turns the pattern over: two patterns to learn
+            recipe["augment"] = ["even-crop"]
+    return recipe
+
+
+def _amplitude(cell, budget):
+    if cell.network == "lenet5":
+        return 0.15  # 3/255 is not learnt on grey images
+    return 3 / 255 if budget == "paper" else 8 / 255
+
+
+def name_of(recipe):
+    """Return the hash that names a victim's files.
+
+    Returns
+    -------
+    str of 16 hexadecimal digits
+    """
+    text = json.dumps(recipe, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_victim(recipe, data, folder, *, log=print):
+    """Train the victim of a recipe, or load it; a stopped training goes on.
+
+    Parameters
+    ----------
+    recipe : dict
+        As of `make_recipe`.
+    data : Bunch
+        The recipe's data set.
+    folder : path-like
+        Of ``<hash>.safetensors`` and ``<hash>.json``.
+    log : callable, default=print
+        Called with a line an epoch.
+
+    Returns
+    -------
+    network : torch.nn.Module
+        In evaluation mode.
+    trigger : Trigger or None
+        The true one; None for a clean network.
+    """
+    X, y = data.X_train, data.y_train
+    trigger = make_trigger(recipe, data, folder, log=log)
+    factory = factory_of(recipe["network"], X.shape[1:], len(data.target_names))
+    path = Path(folder) / f"{name_of(recipe)}.safetensors"
+    if path.exists():
+        network = factory()
+        network.load_state_dict(load_file(path))
+        return network.eval(), trigger
+    if trigger is not None:
+        poisoned = poison(
+            X,
+            y,
+            trigger,
+            target_class=recipe["target_class"],
+            source_classes=recipe["sources"],
+            n_per_class=recipe["n_per_class"],
+            random_state=recipe["seed"],
+        )
+        X, y = poisoned.X, poisoned.y
+    checkpoint = path.with_suffix(".epoch")
+    network = train(factory, X, y, recipe, checkpoint, log=log)
+    part = path.with_suffix(".part")
+    save_file(network.state_dict(), part)
+    part.replace(path)
+    path.with_suffix(".json").write_text(json.dumps(recipe, sort_keys=True))
+    checkpoint.unlink()
+    return network, trigger
+
+
+def make_trigger(recipe, data, folder, *, log=print):
+    """Make the true trigger of a recipe.
+
+    Parameters
+    ----------
+    recipe, data, folder, log
+        As in `make_victim`; a Trojan trigger is made on a clean network of the same
+        recipe, which is trained for it.
+
+    Returns
+    -------
+    Trigger or None
+    """
+    attack, image_shape = recipe["attack"], data.X_train.shape[1:]
+    if attack is None:
+        return None
+    if attack == "chessboard":
+        return chessboard(image_shape, recipe["amplitude"])
+    if attack in ("white-box", "single-pixel"):
+        return {"white-box": white_box, "single-pixel": single_pixel}[attack](
+            image_shape
+        )
+    maker = {"trojan-square": trojan_square, "trojan-watermark": trojan_watermark}
+    clean = {**recipe, "attack": None, "sources": None, "n_per_class": None}
+    network, _ = make_victim(clean, data, folder, log=log)
+    return maker[attack](network, image_shape, random_state=recipe["seed"])
+
+
+def factory_of(network, image_shape, n_classes):
+    """Return a function that builds an untrained network.
+
+    Parameters
+    ----------
+    network : {"lenet5", "resnet18", "vgg16"}
+    image_shape : tuple (n_channels, height, width)
+    n_classes : int
+
+    Returns
+    -------
+    callable
+    """
+    if network == "lenet5":
+        return partial(LeNet5, n_classes=n_classes, image_shape=image_shape)
+    if network == "resnet18":
+        return partial(ResNet18, n_classes=n_classes, n_channels=image_shape[0])
+    return partial(VGG16, n_classes=n_classes)
+
+
+def load_dataset(name, data_dir, *, image_size=224):
+    """Load a table's data set.
+
+    Parameters
+    ----------
+    name : {"cifar10", "fashion-mnist", "mnist", "pubfig"}
+    data_dir : path-like or None
+        The folder above the data; None downloads. PubFig cannot be downloaded: it is
+        ``data_dir/pubfig``, a folder a person.
+    image_size : int, default=224
+        Side of PubFig's images.
+
+    Returns
+    -------
+    Bunch
+        PubFig: 80 % of each person's images to train, 20 % to test (§5.1).
+    """
+    if name == "cifar10":
+        return datasets.load_cifar10(data_dir)
+    if name == "mnist":
+        return datasets.load_mnist(data_dir)
+    if name == "fashion-mnist":
+        return datasets.load_fashion_mnist(data_dir)
+    if data_dir is None:
+        raise FileNotFoundError(
+            "PubFig cannot be downloaded. Collect its images, one folder a person, in "
+            "DATA_DIR/pubfig and give --data-dir DATA_DIR."
+        )
+    people = datasets.load_image_folder(
+        Path(data_dir) / "pubfig", image_size=(image_size, image_size)
+    )
+    X_train, X_test, y_train, y_test = train_test_split(
+        people.X, people.y, test_size=0.2, stratify=people.y, random_state=0
+    )
+    return Bunch(
+        X_train=X_train,
+        y_train=y_train,
+        X_test=X_test,
+        y_test=y_test,
+        target_names=people.target_names,
+        data_source=people.data_source,
+    )
