@@ -100,6 +100,7 @@ _of_tables = [
     click.option("--victims", type=click.Path(exists=True), help="Ready victims."),
     click.option("--cache", type=click.Path(), default=VICTIMS, show_default=True),
     click.option("--device", default="cpu", show_default=True),
+    click.option("--epochs", type=click.IntRange(1), help="For a quick look."),
     click.option("--image-size", default=224, show_default=True, help="Of PubFig."),
 ]
 
@@ -123,6 +124,7 @@ def _runs_cells(name, help_text, run):
             ready=options["victims"],
             budget=options["budget"],
             device=options["device"],
+            epochs=options["epochs"],
             log=click.echo,
         )
         run(bench, _numbers(seeds), cells, n_per_class)

@@ -3,8 +3,10 @@
 from functools import cached_property
 from pathlib import Path
 
+import joblib
 import numpy as np
 
+from benchmarks.contenders import STRENGTH
 from benchmarks.recipes import (
     load_dataset,
     make_recipe,
@@ -65,6 +67,8 @@ class Case:
     data : Data
     budget : {"paper", "cpu"}
         Schedule of training.
+    epochs : int or None
+        Instead of the budget's.
     cache : path-like
         Folder of victims trained here, and of searches.
     ready : path-like or None
@@ -73,7 +77,9 @@ class Case:
     log : callable
     """
 
-    def __init__(self, cell, n_per_class, data, *, budget, cache, ready, device, log):
+    def __init__(
+        self, cell, n_per_class, data, *, budget, epochs, cache, ready, device, log
+    ):
         self.cell = cell
         self.n_per_class = n_per_class
         self.data = data(cell.dataset)
@@ -85,11 +91,12 @@ class Case:
             self.ready = Path(ready) / f"{cell.name}.safetensors"
         if self.ready is None:
             self.budget = budget
-            self.recipe = make_recipe(cell, budget, self.data)
+            self.recipe = make_recipe(cell, budget, self.data, epochs=epochs)
         else:
             self.budget = "ready"
             self.recipe = {"ready": cell.name, "sha256": file_digest(self.ready)}
         self.target = cell.target_class
+        self._labels: dict = {}
 
     @cached_property
     def network(self):
@@ -113,6 +120,13 @@ class Case:
     def victim(self):
         """The network as an estimator, fitted."""
         return VictimNetwork(self.network).fit(self.data.X_test[:2])
+
+    def labels_of(self, images):
+        """Return the victim's labels; made once for the same images."""
+        key = joblib.hash(images)
+        if key not in self._labels:
+            self._labels[key] = self.victim.predict(images)
+        return self._labels[key]
 
     @cached_property
     def _split(self):
@@ -176,7 +190,7 @@ class Case:
         sources, labels = self.sources
         stamped = {
             "asr": self.trigger.embed(sources),
-            "asr_estimated": self.estimate.embed(sources),
+            "asr_estimated": self.estimate.scaled(STRENGTH).embed(sources),
         }
         rates = {
             name: asr_score(labels, self.victim.predict(x), target_class=self.target)

@@ -64,13 +64,18 @@ class Contender:
     fit_on: str = "defense"
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def strength(self):
+        """Multiple of the estimate: the paper's own takes it as it comes."""
+        if self.trigger != "estimated":
+            return None
+        return 1.0 if self.pipeline == "paper" else STRENGTH
+
     def make(self, case):
         """Return the estimator for a victim, unfitted."""
         trigger = case.trigger if self.trigger == "true" else None
         if self.trigger == "estimated":
-            # the paper's own takes the estimate as it comes, all others as our guard
-            strength = 1.0 if self.pipeline == "paper" else STRENGTH
-            trigger = case.estimate.scaled(strength)
+            trigger = case.estimate.scaled(self.strength)
         return self.build(
             case.victim, trigger, case.target, case.cell.seed, **self.options
         )
@@ -82,17 +87,20 @@ class Contender:
             "trigger": self.trigger,
             "pipeline": self.pipeline,
             "fit_on": self.fit_on,
+            "strength": self.strength,
             **self.options,
         }
 
 
-def contenders(cell, table):
+def contenders(cell, table, *, few=False):
     """List the detectors of a table's cell.
 
     Parameters
     ----------
     cell : Cell
     table : {1, 2, 3, 4}
+    few : bool, default=False
+        Leave out what does not depend on how many images the defender has.
 
     Returns
     -------
@@ -122,6 +130,8 @@ def contenders(cell, table):
     ]
     if cell.network == "resnet18":  # the others have no batch-norm
         found.append(Contender("IBD-PSC", _ibd_psc))
+    if few:
+        found = [c for c in found if c.trigger != "true" and c.fit_on == "defense"]
     return found
 
 
@@ -134,7 +144,7 @@ def _patching(fit_on, lr):
 
 
 def _guard(victim, trigger, target, seed, of):
-    classifier = pipelines()[of]
+    classifier = pipelines()["paper"] if of == "paper" else None
     return BackdoorGuard(
         victim, trigger, classifier, target_class=target, random_state=seed
     )

@@ -134,7 +134,7 @@ def cells(table, seeds):
     return [Cell(*kind, seed) for seed in seeds for kind in kinds]
 
 
-def make_recipe(cell, budget, data):
+def make_recipe(cell, budget, data, *, epochs=None):
     """Return all settings of a victim.
 
     Parameters
@@ -143,6 +143,8 @@ def make_recipe(cell, budget, data):
     budget : {"paper", "cpu"}
     data : Bunch
         The cell's data set; what it holds goes into the recipe, not where it lies.
+    epochs : int, default=None
+        Instead of the budget's, for a quick look.
 
     Returns
     -------
@@ -150,6 +152,8 @@ def make_recipe(cell, budget, data):
         Written beside the weights; its hash names them.
     """
     training = dict(TRAINING[cell.network, budget])
+    if epochs is not None:
+        training["epochs"] = epochs
     recipe = {
         "version": VERSION,
         "dataset": cell.dataset,

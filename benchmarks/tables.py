@@ -19,8 +19,10 @@ from sklearn_backdoor._torch import to_tensor
 VERSION = 1  # raise it when a change of the code makes old lines obsolete
 _FPR = 0.05  # at which the paper compares rivals
 _NO_CLASS = -1  # a trigger, whatever it was
-_MANY_PASSES = 10  # detectors above are measured on fewer triggered images
-_MOST = {"lenet5": 2000, "resnet18": 500, "vgg16": 500}
+_MANY_PASSES = 10  # detectors above are measured on fewer images
+_MOST = {"lenet5": 10_000, "resnet18": 2000, "vgg16": 2000}  # triggered images
+_FEWER = {"lenet5": 2000, "resnet18": 500, "vgg16": 500}  # of each kind
+_N_TIMED = 1024  # images on which the bare network is timed
 
 
 class Bench:
@@ -35,16 +37,21 @@ class Bench:
         Folder of ready victims.
     budget : {"paper", "cpu"}
     device : str
+    epochs : int, default=None
+        Instead of the budget's.
     log : callable
     """
 
-    def __init__(self, data, results, cache, *, ready, budget, device, log=print):
+    def __init__(
+        self, data, results, cache, *, ready, budget, device, epochs=None, log=print
+    ):
         self.data = data
         self.results = results
         self.cache = cache
         self.ready = ready
         self.budget = budget
         self.device = device
+        self.epochs = epochs
         self.log = log
         self._keys = {
             record["config"].get("key") for record in read("inflight", results=results)
@@ -57,6 +64,7 @@ class Bench:
             n_per_class,
             self.data,
             budget=self.budget,
+            epochs=self.epochs,
             cache=self.cache,
             ready=self.ready,
             device=self.device,
@@ -98,7 +106,8 @@ def run_table(table, bench, *, seeds, select=(), n_per_class=(None,)):
 
 def run_case(case, bench, table):
     """Run the detectors of one victim."""
-    for contender in contenders(case.cell, table):
+    few = case.n_per_class < 100 and case.cell.dataset != "pubfig"
+    for contender in contenders(case.cell, table, few=few):
         key = _key(case, contender)
         if bench.is_done(key):
             continue
@@ -138,7 +147,13 @@ def _measure(case, contender):
         "config": {
             "recipe": case.recipe,
             "contender": contender.describe(),
-            "settings": _settings_of(detector),
+            "settings": {
+                **_settings_of(detector),
+                **{
+                    "classifier": " ".join(repr(classifier).split())
+                    for classifier in getattr(detector, "classifiers_", {}).values()
+                },
+            },
             "engineer": _settings_of(engineer),
             "verdict": engineer.verdict_,
             "flagged": engineer.target_classes_.tolist(),
@@ -169,7 +184,7 @@ def _rates(case, contender, detector, diverged):
     n_passes = getattr(detector, "n_passes_per_image_", 1)
     origins, images = _evaluation_set(case, n_passes)
     target = case.target
-    victim_labels = case.victim.predict(images)
+    victim_labels = case.labels_of(images)
     names = ("tpr", "fpr", "sia")
     if diverged:
         unknown = [*names, *(name + "_all" for name in names), "auroc"]
@@ -179,8 +194,9 @@ def _rates(case, contender, detector, diverged):
         }
     start = time.perf_counter()
     labels, is_trigger, score = _judge(detector, images, victim_labels, target)
-    seconds = time.perf_counter() - start
-    (bare,) = medians(lambda: _bare(case, images), n_repeats=2)
+    seconds = (time.perf_counter() - start) / len(images)
+    timed = images[:_N_TIMED]
+    (bare,) = medians(lambda: _bare(case, timed), n_repeats=2)
     sent = victim_labels == target
     table = detection_report(
         origins,
@@ -203,7 +219,7 @@ def _rates(case, contender, detector, diverged):
         "n_trigger": int(table.loc["tpr", "n"]),
         "n_clean": int(table.loc["fpr", "n"]),
         "image_passes_per_image": n_passes,
-        "seconds_ratio": seconds / bare,
+        "seconds_ratio": seconds / (bare / len(timed)),
     }
 
 
@@ -212,10 +228,12 @@ def _evaluation_set(case, n_passes):
     X, y = case.test
     sources, labels = case.sources
     clean = X[y == case.target]
-    if n_passes > _MANY_PASSES:
-        most = _MOST[case.cell.network]
-        rows = np.random.RandomState(case.cell.seed).permutation(len(sources))[:most]
-        sources, labels, clean = sources[rows], labels[rows], clean[:most]
+    many = n_passes > _MANY_PASSES
+    most = (_FEWER if many else _MOST)[case.cell.network]
+    rows = np.random.RandomState(case.cell.seed).permutation(len(sources))[:most]
+    sources, labels = sources[rows], labels[rows]
+    if many:
+        clean = clean[:most]
     images = np.concatenate([case.trigger.embed(sources), clean])
     return np.append(labels, np.full(len(clean), case.target)), images
 

@@ -26,6 +26,8 @@ from sklearn_backdoor.reverse import AutoReverseEngineer
 from sklearn_backdoor.triggers import Trigger
 from sklearn_backdoor.victim import check_victim
 
+_MANY = 100  # images a class
+
 
 class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     """Guard a victim in flight: accept its labels, or infer the source class.
@@ -185,7 +187,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                 )
         classifier = self.classifier
         if classifier is None:
-            classifier = default_classifier()
+            classifier = default_classifier(np.unique(y, return_counts=True)[1].min())
         classifier = seeded_clone(classifier, self.random_state)
         last = classifier[-1] if isinstance(classifier, Pipeline) else classifier
         if not (hasattr(last, "log_likelihood") or hasattr(last, "predict_proba")):
@@ -345,8 +347,13 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         return tags
 
 
-def default_classifier():
+def default_classifier(n_per_class=100):
     """Make the guard's own classifier: discriminant features, then the densities.
+
+    Parameters
+    ----------
+    n_per_class : int, default=100
+        Images of the rarest class in D_Defense.
 
     Returns
     -------
@@ -356,10 +363,13 @@ def default_classifier():
     Notes
     -----
     Settings by cross-validated log-loss on D_Defense (``python -m benchmarks
-    settings``): full covariances in the few discriminant directions are better than
-    `BackdoorTriggerClassifier`'s own diagonal ones, which hold up on raw features.
+    levers``): full covariances in the few discriminant directions are better than
+    `BackdoorTriggerClassifier`'s own diagonal ones, which hold up on raw features. With
+    few images the directions fit these too well, so that densities have to be wider:
+    ``reg_covar`` is 3.0 below 100 images a class, else 1.0.
     """
-    density = GaussianMixture(3, covariance_type="full", reg_covar=1.0)
+    reg_covar = 1.0 if n_per_class >= _MANY else 3.0
+    density = GaussianMixture(3, covariance_type="full", reg_covar=reg_covar)
     return make_pipeline(
         StandardScaler(),
         LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto"),

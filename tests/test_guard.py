@@ -59,7 +59,7 @@ def test_the_guard_equals_the_paper_written_out(digits, digits_guard):
     lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
     P = lda.fit(scaler.transform(Z), digits.y_defense).transform(scaler.transform(Z))
     densities = [
-        GaussianMixture(3, covariance_type="full", reg_covar=1.0, random_state=0).fit(
+        GaussianMixture(3, covariance_type="full", reg_covar=3.0, random_state=0).fit(
             P[digits.y_defense == label]
         )
         for label in range(10)
@@ -216,7 +216,29 @@ def test_a_class_can_be_named_whatever_the_search_flags(linear, images):
     engineer = NCReverseEngineer(victim, schedule="exhaustive", max_steps=40)
     guard = BackdoorGuard(victim, engineer, target_class=4).fit(*images)
     assert guard.target_class_ == 4
-    assert guard.triggers_ == {4: guard.engineer_.triggers_[4]}
+    assert guard.triggers_ == {4: guard.engineer_.triggers_[4].scaled(1.2)}
+
+
+def test_estimates_are_embedded_stronger_and_given_triggers_as_they_are(linear, images):
+    victim = VictimNetwork(linear)
+    engineer = NCReverseEngineer(victim, schedule="exhaustive", max_steps=40)
+    as_found = BackdoorGuard(victim, engineer, target_class=4, strength=1)
+    as_found.fit(*images)
+    estimate = as_found.engineer_.triggers_[4]
+    assert as_found.triggers_[4] == estimate
+    stronger = BackdoorGuard(victim, engineer, target_class=4, strength=2).fit(*images)
+    np.testing.assert_allclose(
+        stronger.triggers_[4].mask, np.minimum(2 * estimate.mask, 1)
+    )
+    given = BackdoorGuard(victim, estimate, target_class=4, strength=2).fit(*images)
+    assert given.triggers_[4] == estimate
+    with pytest.raises(ValueError, match="strength=-1"):
+        BackdoorGuard(victim, engineer, target_class=4, strength=-1).fit(*images)
+
+
+def test_densities_are_wider_where_images_are_few():
+    few, many = default_classifier(99), default_classifier(100)
+    assert few[-1].density.reg_covar > many[-1].density.reg_covar == 1.0
 
 
 def test_discriminative_classifiers_take_the_densitys_place(linear, images):

@@ -204,3 +204,19 @@ def test_another_image_shape_is_refused(X):
         white_box((1, 8, 8)).embed(X)
     with pytest.raises(ValueError, match="0 to 1"):
         white_box((3, 7, 9)).embed(X * 255)
+
+
+def test_scaled_triggers_are_as_a_loop_makes_them():
+    rng = np.random.default_rng(0)
+    mask, pattern = rng.random((3, 4)), rng.random((2, 3, 4))
+    scaled = PatchTrigger(mask, pattern).scaled(1.5)
+    for i in range(3):
+        for j in range(4):
+            assert scaled.mask[i, j] == pytest.approx(min(1.5 * mask[i, j], 1))
+    np.testing.assert_array_equal(scaled.pattern, pattern.astype(np.float32))
+    moved = AdditiveTrigger([[-0.9, 0.2]]).scaled(1.5)
+    np.testing.assert_allclose(moved.perturbation, [[-1, 0.3]], rtol=1e-6)
+    assert PatchTrigger(mask, pattern).scaled(1) == PatchTrigger(mask, pattern)
+    for trigger in (PatchTrigger(mask, pattern), moved):
+        with pytest.raises(ValueError, match="factor=-0.1"):
+            trigger.scaled(-0.1)
