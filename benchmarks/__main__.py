@@ -8,6 +8,8 @@ from benchmarks.recipes import BUDGETS
 from benchmarks.results import RESULTS
 from benchmarks.victims import LOADERS, VICTIMS
 
+DOCS = Path(__file__).parents[1] / "docs"
+
 _dataset = click.option(
     "--dataset", type=click.Choice(sorted(LOADERS)), default="fashion-mnist"
 )
@@ -183,18 +185,22 @@ def _numbers(text):
 
 @main.command()
 @_results
-@click.option("--picture", type=click.Path(), help="Where to draw the scans' costs.")
-def report(results, picture):
-    """Print the README's tables, made from the results."""
+@click.option("--docs", type=click.Path(), default=DOCS, show_default=True)
+def report(results, docs):
+    """Print the README's tables; write benchmarks.md and the pictures to DOCS."""
     from benchmarks.report import report as run
+    from benchmarks.report_few import draw_few
     from benchmarks.report_scan import draw_scan_results
+    from benchmarks.report_tables import report_tables
 
     click.echo(run(results))
-    if picture:
-        figure = draw_scan_results(results)
-        if figure is None:
-            raise click.UsageError("there are no scans to draw: run `scan` first.")
-        figure.savefig(picture, dpi=110)
+    folder = Path(docs)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmarks.md").write_text(report_tables(results))
+    for name, draw in (("scan", draw_scan_results), ("few_images", draw_few)):
+        figure = draw(results)
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -147,13 +147,8 @@ def _measure(case, contender):
         "config": {
             "recipe": case.recipe,
             "contender": contender.describe(),
-            "settings": {
-                **_settings_of(detector),
-                **{
-                    "classifier": " ".join(repr(classifier).split())
-                    for classifier in getattr(detector, "classifiers_", {}).values()
-                },
-            },
+            "settings": _settings_of(detector),
+            "classifier": _classifier_of(detector),
             "engineer": _settings_of(engineer),
             "verdict": engineer.verdict_,
             "flagged": engineer.target_classes_.tolist(),
@@ -264,6 +259,12 @@ def _bare(case, images):
         for start in range(0, len(images), case.victim.batch_size):
             batch = images[start : start + case.victim.batch_size]
             case.network(to_tensor(batch, case.device))
+
+
+def _classifier_of(detector):
+    """Return what the guard fitted to the features, in words; None for rivals."""
+    fitted = list(getattr(detector, "classifiers_", {}).values())
+    return " ".join(repr(fitted[0]).split()) if fitted else None
 
 
 def _settings_of(estimator):

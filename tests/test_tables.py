@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch import nn
 
+from benchmarks import lines as lines_of
 from benchmarks import paper, recipes, report_tables, tables, training
 from benchmarks.__main__ import main
 from sklearn_backdoor.datasets import load_digits
@@ -110,7 +111,7 @@ def test_a_table_is_run_once_resumes_and_is_reported(digits, tmp_path, monkeypat
 
     text = report_tables.report_tables(whole)
     assert "Fashion-MNIST, CB, multi-class\n\nnot run" in text
-    found = report_tables.read_tables(whole)
+    found = lines_of.read_tables(whole)
     guard = found[found["variant"] == "guard, discriminant"]["sia"].iloc[0]
     assert f"{guard:.4f}" in text
 
