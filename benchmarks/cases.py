@@ -102,7 +102,9 @@ class Case:
     def network(self):
         """The victim; trained here where it was not yet."""
         if self.ready is None:
-            network, _ = make_victim(self.recipe, self.data, self.cache, log=self.log)
+            network, _ = make_victim(
+                self.recipe, self.data, self.cache, device=self.device, log=self.log
+            )
         else:
             factory = f"sklearn_backdoor.networks:{_FACTORIES[self.cell.network]}"
             network = load_network(factory, self.ready)
@@ -114,7 +116,9 @@ class Case:
         recipe = self.recipe
         if self.ready is not None:
             recipe = make_recipe(self.cell, "cpu", self.data)
-        return make_trigger(recipe, self.data, self.cache, log=self.log)
+        return make_trigger(
+            recipe, self.data, self.cache, device=self.device, log=self.log
+        )
 
     @cached_property
     def victim(self):

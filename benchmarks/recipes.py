@@ -192,7 +192,7 @@ def name_of(recipe):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_victim(recipe, data, folder, *, log=print):
+def make_victim(recipe, data, folder, *, device="cpu", log=print):
     """Train the victim of a recipe, or load it; a stopped training goes on.
 
     Parameters
@@ -203,6 +203,8 @@ def make_victim(recipe, data, folder, *, log=print):
         The recipe's data set.
     folder : path-like
         Of ``<hash>.safetensors`` and ``<hash>.json``.
+    device : str, default="cpu"
+        Where it is trained.
     log : callable, default=print
         Called with a line an epoch.
 
@@ -214,7 +216,7 @@ def make_victim(recipe, data, folder, *, log=print):
         The true one; None for a clean network.
     """
     X, y = data.X_train, data.y_train
-    trigger = make_trigger(recipe, data, folder, log=log)
+    trigger = make_trigger(recipe, data, folder, device=device, log=log)
     factory = factory_of(recipe["network"], X.shape[1:], len(data.target_names))
     path = Path(folder) / f"{name_of(recipe)}.safetensors"
     if path.exists():
@@ -233,7 +235,7 @@ def make_victim(recipe, data, folder, *, log=print):
         )
         X, y = poisoned.X, poisoned.y
     checkpoint = path.with_suffix(".epoch")
-    network = train(factory, X, y, recipe, checkpoint, log=log)
+    network = train(factory, X, y, recipe, checkpoint, device=device, log=log)
     part = path.with_suffix(".part")
     save_file(network.state_dict(), part)
     part.replace(path)
@@ -242,12 +244,12 @@ def make_victim(recipe, data, folder, *, log=print):
     return network, trigger
 
 
-def make_trigger(recipe, data, folder, *, log=print):
+def make_trigger(recipe, data, folder, *, device="cpu", log=print):
     """Make the true trigger of a recipe.
 
     Parameters
     ----------
-    recipe, data, folder, log
+    recipe, data, folder, device, log
         As in `make_victim`; a Trojan trigger is made on a clean network of the same
         recipe, which is trained for it.
 
@@ -266,7 +268,7 @@ def make_trigger(recipe, data, folder, *, log=print):
         )
     maker = {"trojan-square": trojan_square, "trojan-watermark": trojan_watermark}
     clean = {**recipe, "attack": None, "sources": None, "n_per_class": None}
-    network, _ = make_victim(clean, data, folder, log=log)
+    network, _ = make_victim(clean, data, folder, device=device, log=log)
     return maker[attack](network, image_shape, random_state=recipe["seed"])
 
 

@@ -170,7 +170,8 @@ def _cell(table, name):
     if not found:
         return f"### {title_of(name)}\n\nnot run; the paper: " + _theirs(name)
     lines += ["", "The paper: " + _theirs(name)]
-    return "\n".join([*lines, "", _compare(table, name), "", _notes(table, name)])
+    notes = [_compare(table, name), _paired(table, name), _notes(table, name)]
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 
 def _theirs(name):
@@ -203,6 +204,27 @@ def _compare(table, name):
     return (
         "The guard with the estimated trigger, mean over seeds at one seed's sample "
         "size (Fisher's exact test): " + "; ".join(words) + "."
+    )
+
+
+def _paired(table, name):
+    """Return the guard's difference from the paper's own pipeline, victim by victim."""
+    rows = [
+        _pick(table, name, variant, "estimated").set_index("seed")
+        for variant in ("guard, discriminant", "guard, paper")
+    ]
+    words = []
+    for rate in RATES:
+        difference = (rows[0][rate] - rows[1][rate]).dropna()
+        spread = f" ± {difference.sem():.4f}" if len(difference) > 1 else ""
+        words.append(f"{rate.upper()} {difference.mean():+.4f}{spread}")
+    by_seed = "; ".join(
+        f"{seed}: " + " / ".join(f"{row[rate]:.4f}" for rate in RATES)
+        for seed, row in rows[0].sort_index().iterrows()
+    )
+    return (
+        "The guard minus the paper's own pipeline on the same victims (mean, standard "
+        f"error): {', '.join(words)}. The guard by seed, TPR / FPR / SIA: {by_seed}."
     )
 
 

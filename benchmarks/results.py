@@ -20,7 +20,7 @@ def append(name, record, *, results=RESULTS):
 
     Parameters
     ----------
-    name : {"inflight", "overhead", "scan"}
+    name : {"inflight", "levers", "overhead", "scan"}
         The file.
     record : dict
         ``seed``, ``config``, ``data_source``, ``seconds`` and the file's own fields.
@@ -44,14 +44,18 @@ def append(name, record, *, results=RESULTS):
     }
     folder = Path(results)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+    with open(folder / f"{name}.jsonl", "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash left half a line: do not add to it
+                file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def read(name, *, results=RESULTS):
     """Return the objects of ``<results>/<name>.jsonl``; none if it is missing.
 
-    A last line that a crash left half written is skipped.
+    A line that a crash left half written is skipped.
     """
     path = Path(results) / f"{name}.jsonl"
     if not path.exists():

@@ -13,7 +13,7 @@ from sklearn_backdoor._torch import borrowed_random_state, to_tensor
 _PAD = 4  # pixels by which a crop may shift
 
 
-def train(network, X, y, recipe, checkpoint, *, log=print):
+def train(network, X, y, recipe, checkpoint, *, device="cpu", log=print):
     """Train a network, leaving a checkpoint after each epoch.
 
     Parameters
@@ -30,6 +30,8 @@ def train(network, X, y, recipe, checkpoint, *, log=print):
     checkpoint : path-like
         A training that was stopped goes on from here, to the same weights; removed by
         the caller once these are kept.
+    device : str, default="cpu"
+        Where it trains.
     log : callable, default=print
         Called with a line an epoch.
 
@@ -43,13 +45,14 @@ def train(network, X, y, recipe, checkpoint, *, log=print):
     An even crop shifts by even numbers of pixels and keeps a chessboard's parity.
     """
     checkpoint, seed = Path(checkpoint), recipe["seed"]
+    kind = torch.device(device).type
     with borrowed_random_state(seed):
-        network = network()
+        network = network().to(device)
     n_steps = -(-len(X) // recipe["batch_size"])
     optimizer, schedule = _optimizer(network, recipe, n_steps)
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -62,10 +65,11 @@ def train(network, X, y, recipe, checkpoint, *, log=print):
             network.train()
             order = random_state.permutation(len(X))
             for rows in np.array_split(order, n_steps):
-                images = to_tensor(_augment(X[rows], recipe["augment"], random_state))
-                with torch.autocast("cpu", torch.bfloat16, enabled=recipe["bfloat16"]):
-                    logits = network(images)
-                loss = loss_of(logits.float(), torch.as_tensor(y[rows]))
+                images = _augment(X[rows], recipe["augment"], random_state)
+                with torch.autocast(kind, torch.bfloat16, enabled=recipe["bfloat16"]):
+                    logits = network(to_tensor(images, device))
+                wanted = torch.as_tensor(y[rows], device=device)
+                loss = loss_of(logits.float(), wanted)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()

@@ -10,9 +10,14 @@ from torch import nn
 
 from sklearn_backdoor import (
     AdditiveTrigger,
+    B3DDetector,
     BackdoorGuard,
+    NCActivationDetector,
+    NCPatcher,
     NCReverseEngineer,
     PatchTrigger,
+    SCALEUPDetector,
+    STRIPDetector,
     TriggerEmbedder,
     VictimNetwork,
 )
@@ -102,6 +107,11 @@ def image_estimators():
         TriggerEmbedder(corner_trigger(), target_class=2),
         engineer,
         BackdoorGuard(victim, corner_trigger(), target_class=2),
+        STRIPDetector(victim, n_blends=5),
+        SCALEUPDetector(victim),
+        NCActivationDetector(victim, corner_trigger(), target_class=2),
+        B3DDetector(victim, corner_trigger(), target_class=2),
+        NCPatcher(victim, corner_trigger(), target_class=2, n_epochs=1),
     ]
 
 

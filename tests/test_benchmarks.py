@@ -42,6 +42,16 @@ def test_landed_results_follow_the_schema():
     assert len(set(ids)) == len(ids)
 
 
+def test_a_line_cut_by_a_crash_costs_no_other(tmp_path):
+    for number in range(2):
+        results.append("scan", {"number": number}, results=tmp_path)
+    path = tmp_path / "scan.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    results.append("scan", {"number": 2}, results=tmp_path)
+    found = [record["number"] for record in results.read("scan", results=tmp_path)]
+    assert found == [0, 2]
+
+
 def test_the_readmes_figures_are_those_of_the_results():
     text = Path(__file__).parents[1].joinpath("README.md").read_text()
     assert report.report(results.RESULTS) in text

@@ -1,6 +1,7 @@
 """The tables of the paper, on data small enough for a test."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import lines as lines_of
-from benchmarks import paper, recipes, report_tables, tables, training
+from benchmarks import paper, recipes, report_tables, results, tables, training
 from benchmarks.__main__ import main
 from sklearn_backdoor.datasets import load_digits
 from tests.test_benchmarks import ALWAYS, INFLIGHT, lines
@@ -235,6 +236,12 @@ def test_crops_and_flips_are_those_of_a_loop():
     turned = [np.array_equal(f, x[..., ::-1]) for f, x in zip(flipped, X, strict=True)]
     kept = [np.array_equal(f, x) for f, x in zip(flipped, X, strict=True)]
     assert any(turned) and any(kept) and all(np.logical_xor(turned, kept))
+
+
+def test_the_page_of_benchmarks_is_made_from_the_landed_results():
+    page = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+    assert page.read_text() == report_tables.report_tables(results.RESULTS)
+    assert page.with_name("few_images.png").exists()
 
 
 def test_the_papers_figures_belong_to_cells():

@@ -14,8 +14,8 @@ class B3DDetector(BaseDetector):
 
     The score is minus the L2 distance between the probabilities of the image and of the
     image with the trigger: an image that carries the trigger already hardly moves.
-    **It is expected to fail where it matters**: clean images of the target class hardly
-    move either, since the trigger leads to where they are.
+    **It may fail where it matters**: clean images of the target class hardly move
+    either, since the trigger leads to where they are.
 
     Parameters
     ----------
