@@ -95,7 +95,7 @@ _of_tables = [
         "--cifar10", type=click.Path(exists=True), help="Folders of CIFAR-10."
     ),
     _results,
-    click.option("--cells", multiple=True, help="Parts of names; all unless given."),
+    click.option("--cells", multiple=True, help="Patterns such as 'mnist-*'."),
     click.option("--seeds", default="0", show_default=True, help="As 0-4 or 1,3."),
     click.option("--n-per-class", multiple=True, type=click.IntRange(3)),
     click.option("--budget", type=click.Choice(BUDGETS), default="cpu"),
@@ -129,7 +129,12 @@ def _runs_cells(name, help_text, run):
             epochs=options["epochs"],
             log=click.echo,
         )
-        run(bench, _numbers(seeds), cells, n_per_class)
+        try:
+            run(bench, _numbers(seeds), cells, n_per_class)
+        except ValueError as error:
+            if "no cell matches" not in str(error):
+                raise
+            raise click.BadParameter(str(error)) from None
 
     for option in reversed(_of_tables):
         command = option(command)
@@ -157,7 +162,7 @@ def _levers(bench, seeds, select, n_per_class):
     levers(
         bench,
         seeds=seeds,
-        select=select or ("lenet5",),
+        select=select or ("*-lenet5-*",),
         n_per_class=n_per_class or (100,),
     )
     click.echo(rank(bench.results).round(4).to_string())
@@ -174,11 +179,14 @@ def _numbers(text):
     """Read "0-4" or "1,3"."""
     try:
         parts = [part.partition("-") for part in text.split(",")]
-        return [
+        numbers = [
             number
             for low, _, high in parts
             for number in range(int(low), int(high or low) + 1)
         ]
+        if not numbers:
+            raise ValueError
+        return numbers
     except ValueError:
         raise click.BadParameter(f"{text!r}, expected such as 0-4 or 1,3") from None
 

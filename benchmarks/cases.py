@@ -1,5 +1,7 @@
 """One victim with its defence's images: what every detector of a cell is given."""
 
+import json
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -14,9 +16,11 @@ from benchmarks.recipes import (
     make_victim,
     name_of,
 )
+from benchmarks.results import settings_of
 from sklearn_backdoor import (
     AdditiveReverseEngineer,
     NCReverseEngineer,
+    PatchTrigger,
     VictimNetwork,
     asr_score,
 )
@@ -90,7 +94,8 @@ class Case:
         if ready is not None and (Path(ready) / f"{cell.name}.safetensors").exists():
             self.ready = Path(ready) / f"{cell.name}.safetensors"
         if self.ready is None:
-            self.budget = budget
+            # a quick look is never taken for the budget itself
+            self.budget = budget if epochs is None else f"{budget}, {epochs} epochs"
             self.recipe = make_recipe(cell, budget, self.data, epochs=epochs)
         else:
             self.budget = "ready"
@@ -113,11 +118,10 @@ class Case:
     @cached_property
     def trigger(self):
         """The attacker's."""
-        recipe = self.recipe
         if self.ready is not None:
-            recipe = make_recipe(self.cell, "cpu", self.data)
+            return _trigger_of_ready(self.ready, self.data.X_train.shape[1:])
         return make_trigger(
-            recipe, self.data, self.cache, device=self.device, log=self.log
+            self.recipe, self.data, self.cache, device=self.device, log=self.log
         )
 
     @cached_property
@@ -159,6 +163,21 @@ class Case:
         rows = random_state.permutation(len(self.data.X_train))[:n_rows]
         return self.data.X_train[rows], self.data.y_train[rows]
 
+    def prepare(self):
+        """Train or load the victim and search: no detector is charged for it."""
+        return self.rates
+
+    @property
+    def search(self):
+        """What the search found and took, for the results."""
+        engineer = self.engineer
+        return {
+            "engineer": {"class": type(engineer).__name__, **settings_of(engineer)},
+            "verdict": engineer.verdict_,
+            "flagged": engineer.target_classes_.tolist(),
+            "search_passes": engineer.n_image_passes_._asdict(),
+        }
+
     @cached_property
     def engineer(self):
         """The search that the paper takes for this kind of attack, fitted."""
@@ -189,15 +208,34 @@ class Case:
 
     @cached_property
     def rates(self):
-        """ACC on D_Test, and the success there of the true and estimated trigger."""
+        """ACC on D_Test, and the success there of true, estimated, embedded trigger."""
         X, y = self.test
         sources, labels = self.sources
         stamped = {
             "asr": self.trigger.embed(sources),
-            "asr_estimated": self.estimate.scaled(STRENGTH).embed(sources),
+            "asr_estimated": self.estimate.embed(sources),
+            "asr_embedded": self.estimate.scaled(STRENGTH).embed(sources),
         }
         rates = {
             name: asr_score(labels, self.victim.predict(x), target_class=self.target)
             for name, x in stamped.items()
         }
         return {"acc": float(np.mean(self.victim.predict(X) == y)), **rates}
+
+
+def _trigger_of_ready(path, image_shape):
+    """Return the white box of a ready victim, from its JSON."""
+    about = json.loads(path.with_suffix(".json").read_text())
+    found = re.search(
+        r"\[(\d+):(\d+), (\d+):(\d+)\] .*set to ([\d.]+)", about.get("trigger", "")
+    )
+    if about["attack"] != "white-box" or found is None:
+        raise ValueError(
+            f"{path.name} says attack {about['attack']!r} and trigger "
+            f"{about.get('trigger')!r}. Of ready victims only a white box can be "
+            "embedded, described as 'pixels [28:31, 28:31] ... set to 1.0'."
+        )
+    top, bottom, left, right = (int(number) for number in found.groups()[:4])
+    mask = np.zeros(image_shape[1:])
+    mask[top:bottom, left:right] = 1
+    return PatchTrigger(mask, np.full(image_shape, float(found[5])))

@@ -1,9 +1,9 @@
-"""What the guard's defaults were chosen by: log-loss on D_Defense, no test image."""
+"""What the guard's defaults were chosen by: log-loss on D_Defense."""
 
-import hashlib
-import json
 import time
+from functools import cached_property
 
+import joblib
 import numpy as np
 import pandas as pd
 from sklearn.base import clone
@@ -15,15 +15,17 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks.contenders import pipelines
-from benchmarks.recipes import cells
+from benchmarks.contenders import STRENGTH, pipelines
+from benchmarks.recipes import cells, name_of
 from benchmarks.results import append, read
+from benchmarks.tables import selected
 from sklearn_backdoor import BackdoorTriggerClassifier, VictimNetwork
 
-VERSION = 1  # raise it when a change of the code makes old lines obsolete
+VERSION = 2  # raise it when a change of the code makes old lines obsolete
 STRENGTHS = (1.0, 1.1, 1.2, 1.3, 1.4)  # how strong the attacker's own is, is not known
 LAYERS = {"lenet5": {"fc1": "classifier.1"}, "resnet18": {"layer3": "layer3"}}
 _N_FOLDS = 5
+DEFAULT = f"discriminant; penultimate; estimate, {STRENGTH}"  # at 100 images a class
 
 
 def classifiers():
@@ -46,6 +48,7 @@ def classifiers():
         "discriminant, full, 1, 1.0": mixture(1, "full", 1.0),
         "discriminant, full, 2, 1.0": mixture(2, "full", 1.0),
         "discriminant, full, 3, 3.0": mixture(3, "full", 3.0),
+        "discriminant, full, 3, 10.0": mixture(3, "full", 10.0),
         "discriminant, full, 1, 0.1": mixture(1, "full", 0.1),
         "discriminant, diag, 2, 1.0": mixture(2, "diag", 1.0),
         "LDA": make_pipeline(
@@ -59,7 +62,7 @@ def classifiers():
 
 
 def candidates(network):
-    """List what is compared: classifier, features and strengths embedded.
+    """List what is compared.
 
     Parameters
     ----------
@@ -67,26 +70,34 @@ def candidates(network):
 
     Returns
     -------
-    list of tuple (classifier, features, strengths)
-        Features are "penultimate", the name of the layer before, or "both".
+    list of tuple (classifier, features, trigger, strengths)
+        Features are "penultimate", the name of the layer before, or "both". The trigger
+        is the "estimate", one "optimised further", or "three estimates".
     """
     (before,) = LAYERS[network]
-    found: list = [(name, "penultimate", (1.2,)) for name in classifiers()]
+    found: list = [
+        (name, "penultimate", "estimate", (STRENGTH,)) for name in classifiers()
+    ]
     found += [
-        (name, "penultimate", strengths)
+        (name, "penultimate", "estimate", strengths)
         for name in pipelines()
         for strengths in ((1.0,), (1.1,), (1.3,), (1.4,), (1.6,), (1.0, 1.2, 1.4))
     ]
     found += [
-        (name, features, (1.2,))
+        (name, features, "estimate", (STRENGTH,))
         for name in ("discriminant", "LDA")
         for features in (before, "both")
+    ]
+    found += [
+        ("discriminant", "penultimate", trigger, (strength,))
+        for trigger in ("optimised further", "three estimates")
+        for strength in (1.0, STRENGTH)
     ]
     return found
 
 
 class Features:
-    """Features of D_Defense with the trigger at any strength, each made once.
+    """Features of D_Defense with a trigger at any strength, each made once.
 
     Parameters
     ----------
@@ -102,59 +113,79 @@ class Features:
         }
         self._made: dict = {}
 
-    def __call__(self, features, strength):
+    @cached_property
+    def triggers(self):
+        """Estimates of the true target's trigger, by kind."""
+        found = [
+            self._estimate(random_state=self.case.cell.seed + shift)
+            for shift in (1000, 2000)
+        ]
+        return {
+            "estimate": [self.case.estimate],
+            "optimised further": [self._estimate(success_rate=0.99)],
+            "three estimates": [self.case.estimate, *found],
+        }
+
+    def _estimate(self, **settings):
+        engineer = clone(self.case.engineer).set_params(checkpoint_dir=None, **settings)
+        engineer.fit(*self.case.defense)
+        return engineer.triggers_[engineer.classes_.tolist().index(self.case.target)]
+
+    def __call__(self, features, trigger, strength):
         """Return features (n_samples, n_features) and the victim's labels."""
         names = list(self._victims) if features == "both" else [features]
-        X, y = self.case.defense
-        parts = []
-        for name in names:
-            if (name, strength) not in self._made:
-                sources = y != self.case.target
-                images = X.copy()
-                trigger = self.case.estimate.scaled(strength)
-                images[sources] = trigger.embed(X[sources])
-                victim = self._victims[name]
-                self._made[name, strength] = victim.predict_and_transform(images)
-            parts.append(self._made[name, strength])
+        parts = [self._look(name, trigger, strength) for name in names]
         return np.hstack([Z for _, Z in parts]), parts[0][0]
 
+    def _look(self, name, trigger, strength):
+        key = name, joblib.hash(trigger), strength
+        if key not in self._made:
+            X, y = self.case.defense
+            sources, images = y != self.case.target, X.copy()
+            images[sources] = trigger.scaled(strength).embed(X[sources])
+            self._made[key] = self._victims[name].predict_and_transform(images)
+        return self._made[key]
 
-def cross_validate(features, classifier, layer, strengths, seed):
+
+def cross_validate(features, candidate, classifier, seed):
     """Return the log-loss of the class of origin on held-out images of D_Defense.
-
-    The mean over ``STRENGTHS`` of the trigger that is embedded into held-out images:
-    how much stronger than the estimate the attacker's own is, the defender cannot know.
 
     Parameters
     ----------
     features : Features
+    candidate : tuple
+        As of `candidates`. Target images are there once, however many triggers.
     classifier : estimator
-    layer : str
-        "penultimate", the layer before, or "both".
-    strengths : tuple of float
-        Embedded where the classifier learns; target images are there once.
+        The one that the candidate names.
     seed : int
         Of the folds.
 
     Returns
     -------
-    float
-        0 or more; lower is better.
+    dict from float to float
+        By the strength at which the estimate is embedded into held-out images.
     """
     y, target = features.case.defense[1], features.case.target
+    _, layer, kind, strengths = candidate
+    embedded = [
+        features(layer, trigger, strength)[0]
+        for trigger in features.triggers[kind]
+        for strength in strengths
+    ]
+    (estimate,) = features.triggers["estimate"]
     n_folds = min(_N_FOLDS, np.bincount(y)[np.unique(y)].min())
     folds = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     losses: dict = {strength: [] for strength in STRENGTHS}
     for train, held_out in folds.split(y, y):
-        rows = [train] + [train[y[train] != target]] * (len(strengths) - 1)
-        Z = [features(layer, s)[0][r] for s, r in zip(strengths, rows, strict=True)]
+        rows = [train] + [train[y[train] != target]] * (len(embedded) - 1)
+        Z = [part[chosen] for part, chosen in zip(embedded, rows, strict=True)]
         model = clone(classifier).fit(np.vstack(Z), y[np.concatenate(rows)])
         for strength in STRENGTHS:
-            Z_all, labels = features(layer, strength)
+            Z_all, labels = features(layer, estimate, strength)
             sent = held_out[labels[held_out] == target]
             proba = model.predict_proba(Z_all[sent])
             losses[strength].append(log_loss(y[sent], proba, labels=model.classes_))
-    return float(np.mean([np.mean(part) for part in losses.values()]))
+    return {strength: float(np.mean(part)) for strength, part in losses.items()}
 
 
 def levers(bench, *, seeds, select, n_per_class):
@@ -165,25 +196,29 @@ def levers(bench, *, seeds, select, n_per_class):
     bench : Bench
     seeds : sequence of int
     select : sequence of str
-        Parts of the names of cells.
+        Patterns for names of cells.
     n_per_class : sequence of int
         Images a class in D_Defense.
     """
     done = {record["config"]["key"] for record in read("levers", results=bench.results)}
-    for cell in [*cells(4, seeds), *cells(2, seeds)]:
-        if cell.dataset == "pubfig" or not any(part in cell.name for part in select):
-            continue
+    for cell in selected([*cells(4, seeds), *cells(2, seeds)], select):
         for number in n_per_class:
             case = bench.case(cell, number)
-            text = json.dumps([VERSION, case.recipe, cell.seed, number])
-            key = hashlib.sha256(text.encode()).hexdigest()[:16]
+            key = name_of([VERSION, case.recipe, cell.seed, number])
             if key in done:
                 continue
             start = time.perf_counter()
-            found = _compare(case)
+            features, known = Features(case), classifiers()
+            found = {
+                f"{candidate[0]}; {candidate[1]}; {candidate[2]}, "
+                + " and ".join(map(str, candidate[3])): cross_validate(
+                    features, candidate, known[candidate[0]], cell.seed
+                )
+                for candidate in candidates(cell.network)
+            }
             record = {
                 "seed": cell.seed,
-                "config": {"key": key, "recipe": case.recipe, "strengths": STRENGTHS},
+                "config": {"key": key, "version": VERSION, "recipe": case.recipe},
                 "data_source": case.data.data_source,
                 "seconds": time.perf_counter() - start,
                 "dataset": cell.dataset,
@@ -193,36 +228,44 @@ def levers(bench, *, seeds, select, n_per_class):
                 "log_loss": found,
             }
             append("levers", record, results=bench.results)
-            best = min(found, key=found.get)
+            best = min(found, key=lambda name: np.mean(list(found[name].values())))
             bench.log(f"{cell.name}, seed {cell.seed}, {number} a class: {best}")
 
 
-def _compare(case):
-    features, known = Features(case), classifiers()
-    return {
-        f"{name}; {layer}; {', '.join(map(str, strengths))}": cross_validate(
-            features, known[name], layer, strengths, case.cell.seed
-        )
-        for name, layer, strengths in candidates(case.cell.network)
-    }
-
-
-def rank(results):
+def rank(results, network="lenet5"):
     """Return mean log-losses by candidate and images a class.
 
     Parameters
     ----------
     results : path-like
+    network : {"lenet5", "resnet18"}
 
     Returns
     -------
     pandas.DataFrame
-        A row a candidate, a column a number of images; the best for the most first.
+        A row a candidate and number of images a class ``n``: "loss" is the mean over
+        strengths of the held-out trigger, "at 1.0" that for the estimate as it is,
+        "difference" that of "loss" from `DEFAULT`, paired by victim, and "error" its
+        standard error. Empty if nothing was run.
     """
     rows = [
-        {"n_per_class": r["n_per_class"], "candidate": name, "log_loss": value}
-        for r in read("levers", results=results)
-        for name, value in r["log_loss"].items()
+        {
+            "n": record["n_per_class"],
+            "victim": record["config"]["key"],
+            "candidate": name,
+            "loss": np.mean(list(losses.values())),
+            "at 1.0": losses["1.0"],
+        }
+        for record in read("levers", results=results)
+        if record["config"].get("version") == VERSION and record["network"] == network
+        for name, losses in record["log_loss"].items()
     ]
-    table = pd.DataFrame(rows).pivot_table("log_loss", "candidate", "n_per_class")
-    return table.sort_values(table.columns[-1])
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows)
+    own = table[table["candidate"] == DEFAULT].set_index("victim")["loss"]
+    table["difference"] = table["loss"] - table["victim"].map(own)
+    groups = table.groupby(["candidate", "n"])
+    ranked = groups[["loss", "at 1.0", "difference"]].mean()
+    ranked["error"] = groups["difference"].sem()
+    return ranked.reset_index().sort_values(["n", "loss"], ascending=[False, True])

@@ -10,7 +10,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from benchmarks.contenders import pipelines
 from benchmarks.report import PAPER
-from benchmarks.results import append
+from benchmarks.results import append, settings_of
 from benchmarks.victims import LOADERS, white_box_lenet5
 from sklearn_backdoor import (
     BackdoorGuard,
@@ -110,8 +110,8 @@ def quality(dataset, data_dir, n_seeds, victims, results, **training):
                     "seed": seed,
                     "config": {
                         "recipe": case["recipe"],
-                        "classifier": _settings_of(classifier),
-                        "engineer": _settings_of(engineer),
+                        "classifier": settings_of(classifier),
+                        "engineer": settings_of(engineer),
                         "flagged": engineer.target_classes_.tolist(),
                         "search_seconds": case["search_seconds"],
                         "search_passes": engineer.n_image_passes_._asdict(),
@@ -142,15 +142,6 @@ def quality(dataset, data_dir, n_seeds, victims, results, **training):
     print("\nmean over seeds:")
     print(table.groupby(["pipeline", "trigger"])[columns].mean().round(4).to_string())
     print("the paper: TPR {} FPR {} SIA {}".format(*PAPER[dataset]))
-
-
-def _settings_of(estimator):
-    """Return every setting, defaults included, but the network."""
-    return {
-        name: str(value)
-        for name, value in estimator.get_params().items()
-        if not name.startswith(("victim", "steps"))
-    }
 
 
 def measure(guard, trigger, target, X, y):

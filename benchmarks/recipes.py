@@ -2,17 +2,26 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import joblib
+import torch
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
 from sklearn.utils import Bunch
 
 from benchmarks.training import train
-from sklearn_backdoor import chessboard, datasets, poison, single_pixel, white_box
+from sklearn_backdoor import (
+    PatchTrigger,
+    chessboard,
+    datasets,
+    poison,
+    single_pixel,
+    white_box,
+)
 from sklearn_backdoor.networks import VGG16, LeNet5, ResNet18
 from sklearn_backdoor.trojan import trojan_square, trojan_watermark
 
@@ -125,12 +134,12 @@ def cells(table, seeds):
     elif table == 3:
         kinds = [("fashion-mnist", "white-box", False), ("cifar10", "white-box", False)]
     else:
-        kinds = [("pubfig", attack, False) for attack in list(SHORT)[3:]]
-        kinds += [
+        kinds = [
             (dataset, attack, False)
             for dataset in ("mnist", "fashion-mnist")
             for attack in ("chessboard", "white-box")
         ]
+        kinds += [("pubfig", attack, False) for attack in list(SHORT)[3:]]
     return [Cell(*kind, seed) for seed in seeds for kind in kinds]
 
 
@@ -219,6 +228,7 @@ def make_victim(recipe, data, folder, *, device="cpu", log=print):
     trigger = make_trigger(recipe, data, folder, device=device, log=log)
     factory = factory_of(recipe["network"], X.shape[1:], len(data.target_names))
     path = Path(folder) / f"{name_of(recipe)}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         network = factory()
         network.load_state_dict(load_file(path))
@@ -236,11 +246,9 @@ def make_victim(recipe, data, folder, *, device="cpu", log=print):
         X, y = poisoned.X, poisoned.y
     checkpoint = path.with_suffix(".epoch")
     network = train(factory, X, y, recipe, checkpoint, device=device, log=log)
-    part = path.with_suffix(".part")
-    save_file(network.state_dict(), part)
-    part.replace(path)
+    _save(network.state_dict(), path)
     path.with_suffix(".json").write_text(json.dumps(recipe, sort_keys=True))
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)
     return network, trigger
 
 
@@ -266,10 +274,22 @@ def make_trigger(recipe, data, folder, *, device="cpu", log=print):
         return {"white-box": white_box, "single-pixel": single_pixel}[attack](
             image_shape
         )
-    maker = {"trojan-square": trojan_square, "trojan-watermark": trojan_watermark}
-    clean = {**recipe, "attack": None, "sources": None, "n_per_class": None}
-    network, _ = make_victim(clean, data, folder, device=device, log=log)
-    return maker[attack](network, image_shape, random_state=recipe["seed"])
+    path = Path(folder) / f"{name_of(recipe)}-trigger.safetensors"
+    if not path.exists():
+        maker = {"trojan-square": trojan_square, "trojan-watermark": trojan_watermark}
+        clean = {**recipe, "attack": None, "sources": None, "n_per_class": None}
+        network, _ = make_victim(clean, data, folder, device=device, log=log)
+        made = maker[attack](network, image_shape, random_state=recipe["seed"])
+        parts = {"mask": made.mask, "pattern": made.pattern}
+        _save({name: torch.tensor(value) for name, value in parts.items()}, path)
+    kept = load_file(path)  # the one that is embedded, whatever made it
+    return PatchTrigger(kept["mask"].numpy(), kept["pattern"].numpy())
+
+
+def _save(tensors, path):
+    part = path.with_suffix(f".part{os.getpid()}")
+    save_file(tensors, part)
+    part.replace(path)
 
 
 def factory_of(network, image_shape, n_classes):

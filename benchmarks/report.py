@@ -32,7 +32,8 @@ def report(results):
 
 def _quality(results):
     lines = (Path(results) / "inflight.jsonl").read_text().splitlines()
-    table = pd.DataFrame([json.loads(line) for line in lines])
+    records = [json.loads(line) for line in lines]
+    table = pd.DataFrame([r for r in records if "variant" not in r])
     table = table[table["config"].map(lambda config: "part" not in config)]
     recipes = table["config"].map(lambda config: config["recipe"])
     table["training"] = recipes.map(lambda r: f"{r['epochs']} epochs, {r['lr']:g}")

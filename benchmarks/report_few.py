@@ -41,13 +41,14 @@ def few_images(table):
 
 
 def _few_rows(table, variant, number):
-    """Return the lines of LeNet-5's cells; seeds that were run with few images."""
+    """Return LeNet-5's lines of victims that were run with every number of images."""
     if table.empty:
         return table
     rows = table[(table["network"] == "lenet5") & (table["variant"] == variant)]
     rows = rows[rows["trigger"].isna() | (rows["trigger"] == "estimated")]
-    seeds = rows.loc[rows["n_per_class"] < FEW[-1], "seed"].unique()
-    return rows[(rows["n_per_class"] == number) & rows["seed"].isin(seeds)]
+    victims = rows.groupby(["cell", "seed"])["n_per_class"]
+    whole = victims.transform(lambda numbers: set(FEW) <= set(numbers))
+    return rows[(rows["n_per_class"] == number) & whole.astype(bool)]
 
 
 def _mean(values):
@@ -70,7 +71,7 @@ def draw_few(results):
     """
     table = read_tables(results)
     shown = [cell for cell in cells(4, [0]) if cell.network == "lenet5"]
-    if table.empty or not (table["n_per_class"] < FEW[-1]).any():
+    if not len(_few_rows(table, "guard, discriminant", FEW[-1])):
         return None
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(3, len(shown), sharex=True, sharey="row")
@@ -93,7 +94,7 @@ def draw_few(results):
                     linewidth=2.5 if guard else 1.2,
                     linestyle="-" if guard else "--",
                 )
-        axes[0, column].settitle_of(title_of(cell.name), fontsize=10)
+        axes[0, column].set_title(title_of(cell.name), fontsize=10)
         axes[-1, column].set_xlabel("clean images a class")
         axes[-1, column].set_xscale("log")
         axes[-1, column].set_xticks(FEW, [str(n) for n in FEW])

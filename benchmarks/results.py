@@ -49,7 +49,7 @@ def append(name, record, *, results=RESULTS):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a crash left half a line: do not add to it
                 file.write(b"\n")
-        file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
 
 def read(name, *, results=RESULTS):
@@ -67,6 +67,26 @@ def read(name, *, results=RESULTS):
         except ValueError:
             continue
     return records
+
+
+def settings_of(estimator):
+    """Return every setting as text, defaults included.
+
+    Parameters
+    ----------
+    estimator : scikit-learn estimator
+
+    Returns
+    -------
+    dict
+        Without networks, triggers and folders.
+    """
+    hidden = ("victim", "steps", "trigger", "checkpoint_dir")
+    return {
+        name: str(value)
+        for name, value in estimator.get_params().items()
+        if not name.startswith(hidden)
+    }
 
 
 def _commit():

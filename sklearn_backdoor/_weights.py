@@ -79,6 +79,7 @@ def load_network(factory, weights):
             tensors = {
                 name: _convert(file.get_tensor(name), value.dtype)
                 for name, value in state.items()
+                if name in file.keys()  # noqa: SIM118 (no dict)
             }
     except SafetensorError as error:
         raise ValueError(
@@ -219,7 +220,12 @@ def _find(factory):
 def _compare(file, state, path):
     """Refuse a file whose names, shapes or kinds are not those of the network."""
     names = set(file.keys())
-    missing = [name for name in state if name not in names]
+    # a batch counter plays no part in evaluation, and is often left out
+    missing = [
+        name
+        for name in state
+        if name not in names and not name.endswith("num_batches_tracked")
+    ]
     unexpected = sorted(names - set(state))
     parts = [
         f"{what} {_handful(found)}"

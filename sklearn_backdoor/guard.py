@@ -26,8 +26,6 @@ from sklearn_backdoor.reverse import AutoReverseEngineer
 from sklearn_backdoor.triggers import Trigger
 from sklearn_backdoor.victim import check_victim
 
-_MANY = 100  # images a class
-
 
 class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     """Guard a victim in flight: accept its labels, or infer the source class.
@@ -126,7 +124,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             If images, labels, victim, trigger and classifier do not fit each other.
         """
         X = check_images(X, ndim=4)
-        check_number(self.strength, "strength", 0)
+        check_number(self.strength, "strength", 0, 1e6)
         victim = check_victim(self.victim).fit(X, y)
         fewest = 3 if self.classifier is None else 2  # the discriminant step needs 3
         check_labels(y, victim.classes_, len(X), all_present=True, min_per_class=fewest)
@@ -362,13 +360,13 @@ def default_classifier(n_per_class=100):
 
     Notes
     -----
-    Settings by cross-validated log-loss on D_Defense (``python -m benchmarks
-    levers``): full covariances in the few discriminant directions are better than
+    Settings by cross-validated log-loss on D_Defense (``python -m benchmarks settings``
+    and ``levers``): full covariances in the few discriminant directions are better than
     `BackdoorTriggerClassifier`'s own diagonal ones, which hold up on raw features. With
     few images the directions fit these too well, so that densities have to be wider:
-    ``reg_covar`` is 3.0 below 100 images a class, else 1.0.
+    ``reg_covar`` is 10 below 50 images a class, 3 below 100, else 1.
     """
-    reg_covar = 1.0 if n_per_class >= _MANY else 3.0
+    reg_covar = 1.0 if n_per_class >= 100 else 3.0 if n_per_class >= 50 else 10.0
     density = GaussianMixture(3, covariance_type="full", reg_covar=reg_covar)
     return make_pipeline(
         StandardScaler(),

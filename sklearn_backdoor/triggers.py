@@ -9,6 +9,8 @@ import numpy as np
 
 from sklearn_backdoor._validation import check_images, check_number
 
+_MOST = 1e6  # times a trigger's strength
+
 
 def _frozen(value, name, low, high):
     array = np.array(value, dtype=np.float32)
@@ -209,7 +211,7 @@ class PatchTrigger(Trigger):
 
     def scaled(self, factor):
         """Return the trigger with its mask's opacity times ``factor``, at most 1."""
-        check_number(factor, "factor", 0)
+        check_number(factor, "factor", 0, _MOST)
         return PatchTrigger(np.minimum(self.mask * factor, 1), self.pattern)
 
     def _apply(self, X):
@@ -261,7 +263,7 @@ class AdditiveTrigger(Trigger):
 
     def scaled(self, factor):
         """Return the perturbation times ``factor``, clipped to -1...1."""
-        check_number(factor, "factor", 0)
+        check_number(factor, "factor", 0, _MOST)
         return AdditiveTrigger(np.clip(self.perturbation * factor, -1, 1))
 
     def _apply(self, X):

@@ -59,7 +59,7 @@ def test_the_guard_equals_the_paper_written_out(digits, digits_guard):
     lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
     P = lda.fit(scaler.transform(Z), digits.y_defense).transform(scaler.transform(Z))
     densities = [
-        GaussianMixture(3, covariance_type="full", reg_covar=3.0, random_state=0).fit(
+        GaussianMixture(3, covariance_type="full", reg_covar=10.0, random_state=0).fit(
             P[digits.y_defense == label]
         )
         for label in range(10)
@@ -237,8 +237,8 @@ def test_estimates_are_embedded_stronger_and_given_triggers_as_they_are(linear, 
 
 
 def test_densities_are_wider_where_images_are_few():
-    few, many = default_classifier(99), default_classifier(100)
-    assert few[-1].density.reg_covar > many[-1].density.reg_covar == 1.0
+    widths = [default_classifier(n)[-1].density.reg_covar for n in (49, 50, 99, 100)]
+    assert widths == [10.0, 3.0, 3.0, 1.0]
 
 
 def test_discriminative_classifiers_take_the_densitys_place(linear, images):

@@ -11,7 +11,15 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import lines as lines_of
-from benchmarks import paper, recipes, report_tables, results, tables, training
+from benchmarks import (
+    paper,
+    recipes,
+    report_few,
+    report_tables,
+    results,
+    tables,
+    training,
+)
 from benchmarks.__main__ import main
 from sklearn_backdoor.datasets import load_digits
 from tests.test_benchmarks import ALWAYS, INFLIGHT, lines
@@ -76,14 +84,12 @@ def digits(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:the victim is right on")
 def test_a_table_is_run_once_resumes_and_is_reported(digits, tmp_path, monkeypatch):
-    options = ["table4", "--cells", "mnist-lenet5-white-box", "--n-per-class", 20]
+    options = ["table4", "--cells", "mnist-*-white-*", "--n-per-class", 20]
     options += ["--cache", tmp_path / "v"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    only = [recipes.Cell("mnist", "white-box", False, 0)]
-    monkeypatch.setattr(tables, "cells", lambda table, seeds: only)
     invoke(*options, "--results", whole)
     records = lines(whole / "inflight.jsonl")
-    assert len({r["config"]["key"] for r in records}) == len(records) == 8
+    assert len({r["config"]["key"] for r in records}) == len(records) == 10
     for record in records:
         assert set(ALWAYS + INFLIGHT) <= set(record)
         assert record["conditional"] and record["budget"] == "cpu"
@@ -114,7 +120,15 @@ def test_a_table_is_run_once_resumes_and_is_reported(digits, tmp_path, monkeypat
     assert "Fashion-MNIST, CB, multi-class\n\nnot run" in text
     found = lines_of.read_tables(whole)
     guard = found[found["variant"] == "guard, discriminant"]["sia"].iloc[0]
-    assert f"{guard:.4f}" in text
+    assert f"{guard:.4f}" not in text  # 20 images a class are no cell of Table 4
+    assert report_few.draw_few(whole) is None  # nor were the other numbers run
+    monkeypatch.setattr(report_few, "FEW", (20,))
+    assert f"{guard:.4f}" in report_tables.report_tables(whole)
+    figure = report_few.draw_few(whole)
+    axes = figure.axes[:4]
+    assert [axis.get_title() for axis in axes][1] == "MNIST, WB, multi-class"
+    shown = {line.get_label(): line.get_ydata() for line in figure.axes[9].lines}
+    assert shown["BackdoorGuard"][0] == pytest.approx(guard)
 
 
 def test_measured_rates_are_those_of_a_loop(digits, tmp_path):
@@ -165,7 +179,7 @@ def test_pubfig_runs_from_a_folder_with_both_trojans(people, tmp_path, monkeypat
     monkeypatch.setattr(recipes, "VGG16", TinyVGG)
     monkeypatch.setitem(recipes.TRAINING, ("vgg16", "cpu"), {**_TINY, "epochs": 12})
     monkeypatch.setattr(tables, "_FEWER", {"vgg16": 10})
-    options = ["table4", "--cells", "pubfig", "--data-dir", people]
+    options = ["table4", "--cells", "pubfig-*", "--data-dir", people]
     options += ["--image-size", 16, "--cache", tmp_path / "v"]
     invoke(*options, "--results", tmp_path / "r")
     records = lines(tmp_path / "r" / "inflight.jsonl")
@@ -178,7 +192,8 @@ def test_pubfig_runs_from_a_folder_with_both_trojans(people, tmp_path, monkeypat
         )
         assert record["n_clean"] <= 15  # 20 test images a person, 5 the defence's
     # two victims, and the clean network that both triggers were made on
-    assert len(list((tmp_path / "v").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "v").glob("*.json"))) == 3
+    assert len(list((tmp_path / "v").glob("*-trigger.safetensors"))) == 2
 
 
 def test_pubfig_without_a_folder_says_what_to_do():

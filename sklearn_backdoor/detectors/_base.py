@@ -40,6 +40,7 @@ class BaseDetector(BaseEstimator, ABC):
         TypeError, ValueError
             If images, labels, victim and settings do not fit each other.
         """
+        self.__dict__.pop("threshold_", None)  # a fit that fails leaves it unfitted
         X = check_images(X, ndim=4)
         check_number(self.fpr, "fpr", 0, 1)
         if self.threshold is not None:
@@ -104,7 +105,7 @@ class BaseDetector(BaseEstimator, ABC):
         -------
         ndarray of shape (n_samples,)
         """
-        check_is_fitted(self, "threshold_")  # set last: a fit that failed has none
+        check_is_fitted(self, "threshold_")
         X = check_images(X, image_shape=self.image_shape_, ndim=4, allow_empty=True)
         if len(X) == 0:
             return np.empty(0)

@@ -20,6 +20,10 @@ from sklearn_backdoor.victim import check_victim
 _MOMENTUM = 0.9
 
 
+class DivergedError(ValueError):
+    """Fine-tuning ended in infinite or undefined weights."""
+
+
 class NCPatcher(ClassifierMixin, BaseEstimator):
     """Classify with a copy of the victim that was taught to ignore the trigger.
 
@@ -189,7 +193,7 @@ class NCPatcher(ClassifierMixin, BaseEstimator):
         logits, features = network(to_tensor(X, device))
         loss = cross_entropy(logits.float(), torch.as_tensor(labels, device=device))
         if not (loss.isfinite() and features.isfinite().all()):
-            raise ValueError(
+            raise DivergedError(
                 f"fine-tuning diverged at lr={self.lr}: the network's features or loss "
                 f"became infinite or NaN. Lower lr, for instance to {self.lr / 10:g}."
             )
