@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.lines import NAMES
+from benchmarks.paper import figures_of
 from benchmarks.report_scan import report_scan
 
 PAPER = {
-    "fashion-mnist": (0.9951, 0.0127, 0.8039),
-    "mnist": (1.0, 0.0022, 0.9764),
+    dataset: figures_of(f"{dataset}-lenet5-white-box-multi")
+    for dataset in ("fashion-mnist", "mnist")
 }
-_NAMES = {"fashion-mnist": "Fashion-MNIST", "mnist": "MNIST"}
 _PIPELINES = {"discriminant": "guard's default", "paper": "the paper's, our run"}
 
 
@@ -55,13 +56,13 @@ def _quality(results):
                         & (table["trigger"] == trigger)
                     ]
                     lines.append(
-                        f"| {_NAMES[dataset]}, {training} | {text} | {trigger} | "
+                        f"| {NAMES[dataset]}, {training} | {text} | {trigger} | "
                         f"{cell['acc'].mean():.3f} | {cell['asr'].mean():.3f} | "
                         f"{_mean(cell['tpr'])} | {_mean(cell['fpr'])} | "
                         f"{_mean(cell['sia'])} |"
                     )
         lines.append(
-            f"| {_NAMES[dataset]} | the paper, its figures | estimated | | "
+            f"| {NAMES[dataset]} | the paper, its figures | estimated | | "
             f"| {tpr:.4f} | {fpr:.4f} | {sia:.4f} |"
         )
     seeds = ", ".join(str(seed) for seed in sorted(table["seed"].unique()))
@@ -79,7 +80,8 @@ one-cycle rate of the given peak. Neural Cleanse flagged class 9 on {right} of
 {len(victims)} victims, it alone on {alone}; the estimated trigger is that for class 9.
 No thresholds; the guard's settings are by cross-validated log-loss on D_Defense
 (`python -m benchmarks settings`), the paper's pipeline has one full component and
-`reg_covar=0.1`."""
+`reg_covar=0.1`. Both get the estimate as it comes; the guard by itself takes it at 1.2
+times its strength, see docs/benchmarks.md."""
     )
 
 

@@ -49,7 +49,7 @@ def append(name, record, *, results=RESULTS):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a crash left half a line: do not add to it
                 file.write(b"\n")
-        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def read(name, *, results=RESULTS):

@@ -68,10 +68,13 @@ def torch_generator(random_state):
 
 @contextmanager
 def borrowed_random_state(random_state):
-    """Let code that knows only torch's global generator draw from ours.
+    """Let code that knows only torch's global generators draw from ours.
 
-    The global state is as before afterwards.
+    Their states are as before afterwards.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.random.set_rng_state(torch_generator(random_state).get_state())
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        generator = torch_generator(random_state)
+        torch.random.set_rng_state(generator.get_state())
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(generator.initial_seed())
         yield

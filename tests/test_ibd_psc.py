@@ -180,6 +180,7 @@ def test_first_version_has_a_layer_more_than_it_takes_for_the_error():
     assert [k for k in errors if errors[k] > 0.6] == [3]
     victim = VictimNetwork(network)
     assert IBDPSCDetector(victim, n_models=1).fit(X, y).n_amplified_ == [4]
+    assert IBDPSCDetector(victim, n_models=1, start=0).fit(X, y).n_amplified_ == [3]
     assert errors[3] == 1  # which is not above 1
     fit_unmoved(network, X, y, max_error=1.0)
 

@@ -35,8 +35,11 @@ class IBDPSCDetector(BaseDetector):
     scale : float of at least 1, default=1.5
         Factor of gamma and beta.
     max_error : float in 0...1, default=0.6
-        The first version amplifies one layer more than it takes for a higher error
-        rate than this on D_Defense.
+        k is the smallest number of amplified layers with a higher error rate than this
+        on D_Defense.
+    start : {0, 1}, default=1
+        The first version amplifies k + ``start`` layers: 1 is the published code's, 0
+        the paper's wording.
     fpr : float in 0...1, default=0.05
         False positive rate on the clean images that the threshold is set for.
     threshold : float, default=None
@@ -75,10 +78,7 @@ class IBDPSCDetector(BaseDetector):
     - Layers count in the order in which they are executed, not registered; one that is
       executed more than once counts by its last time. Batch norm of any dimension
       counts; without learnt gamma and beta it does not.
-    - The published code amplifies k + 1 to k + n layers, where k is the smallest number
-      with an error rate above ``max_error``; the paper words it as from the k-th. This
-      is the code's.
-    - Where k + n exceeds the number of layers, there are fewer versions, never two
+    - Where there are too few layers after the k-th, there are fewer versions, never two
       alike.
 
     References
@@ -94,6 +94,7 @@ class IBDPSCDetector(BaseDetector):
         n_models=5,
         scale=1.5,
         max_error=0.6,
+        start=1,
         fpr=0.05,
         threshold=None,
         target_class=None,
@@ -102,6 +103,7 @@ class IBDPSCDetector(BaseDetector):
         self.n_models = n_models
         self.scale = scale
         self.max_error = max_error
+        self.start = start
         self.fpr = fpr
         self.threshold = threshold
         self.target_class = target_class
@@ -110,6 +112,7 @@ class IBDPSCDetector(BaseDetector):
         check_number(self.n_models, "n_models", 1, integer=True)
         check_number(self.scale, "scale", 1, np.finfo(np.float32).max)
         check_number(self.max_error, "max_error", 0, 1)
+        check_number(self.start, "start", 0, 1, integer=True)
 
     def _learn(self, X, y):
         self.layers_ = self._find_layers(X[:2])
@@ -143,7 +146,8 @@ class IBDPSCDetector(BaseDetector):
         for k in range(1, n_layers):
             found = self.classes_[self._logits(X, k).argmax(axis=1)]
             if np.mean(found != y) > self.max_error:
-                return list(range(k + 1, min(k + self.n_models, n_layers) + 1))
+                first = k + self.start
+                return list(range(first, min(first + self.n_models, n_layers + 1)))
         versions = list(range(max(1, n_layers - self.n_models + 1), n_layers + 1))
         warnings.warn(
             f"amplifying fewer than all {n_layers} batch-norm layer(s) by "

@@ -13,7 +13,7 @@ class SCALEUPDetector(BaseDetector):
     """Flag images that keep their label when all pixels are multiplied.
 
     The scaled prediction consistency (SPC) is the fraction of scales n for which
-    f(clip(n x, 0, 1)) = f(x). The victim need only give labels.
+    f(clip(n x, 0, 1)) = f(x). Nothing of the victim is used but its labels.
 
     Unlike `BackdoorGuard` it needs no reverse-engineered trigger. In return, it does
     not infer the source class, its threshold has to be set, and an image takes
