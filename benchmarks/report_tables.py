@@ -307,7 +307,7 @@ def _table_3(table):
     ]
     where = {"training": "10 % of the training set", "defense": "D_Defense"}
     for cell in cells(3, [0]):
-        for fit_on, text in where.items():
+        for fit_on, images in where.items():
             ours = []
             for rate in TABLE_3:
                 rows = _pick(table, cell.name, f"NC patching, {fit_on}, {rate:g}")
@@ -317,7 +317,7 @@ def _table_3(table):
                     text += f" {diverged} of {len(rows)} diverged"
                 ours.append(text.strip() or "not run")
             lines.append(
-                f"| {title_of(cell.name)} | {text} | " + " | ".join(ours) + " |"
+                f"| {title_of(cell.name)} | {images} | " + " | ".join(ours) + " |"
             )
     return "\n".join(lines)
 

@@ -316,6 +316,12 @@ def test_other_precisions_are_converted_and_counters_kept(tmp_path):
         np.testing.assert_array_equal(
             found["conv1.weight"], state["conv1.weight"].float()
         )
+    del state["bn1.num_batches_tracked"]  # plays no part in evaluation
+    save_file(state, tmp_path / "half.safetensors")
+    loaded = load_network(
+        "sklearn_backdoor.networks:ResNet18", tmp_path / "half.safetensors"
+    )
+    assert loaded.bn1.num_batches_tracked == 0
     state["bn1.num_batches_tracked"] = torch.tensor(7.0)
     save_file(state, tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="differs in bn1.num_batches_tracked"):

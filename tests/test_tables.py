@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import lines as lines_of
@@ -21,7 +22,9 @@ from benchmarks import (
     training,
 )
 from benchmarks.__main__ import main
+from benchmarks.cases import Data
 from sklearn_backdoor.datasets import load_digits
+from sklearn_backdoor.networks import LeNet5
 from tests.test_benchmarks import ALWAYS, INFLIGHT, lines
 
 _TINY = {
@@ -133,8 +136,6 @@ def test_a_table_is_run_once_resumes_and_is_reported(digits, tmp_path, monkeypat
 
 def test_measured_rates_are_those_of_a_loop(digits, tmp_path):
     """Each detector's decisions, counted image by image."""
-    from benchmarks.cases import Data
-
     bench = tables.Bench(
         Data(), tmp_path, tmp_path / "v", ready=None, budget="cpu", device="cpu"
     )
@@ -145,6 +146,7 @@ def test_measured_rates_are_those_of_a_loop(digits, tmp_path):
         if contender.name not in ("guard, paper", "NC activation", "SCALE-UP"):
             continue
         record = tables._measure(case, contender)
+        assert record["seconds_ratio"] > 0
         detector = contender.make(case).fit(*case.defense)
         X, y = case.test
         counts = {"tpr": [0, 0], "fpr": [0, 0]}
@@ -194,6 +196,93 @@ def test_pubfig_runs_from_a_folder_with_both_trojans(people, tmp_path, monkeypat
     # two victims, and the clean network that both triggers were made on
     assert len(list((tmp_path / "v").glob("*.json"))) == 3
     assert len(list((tmp_path / "v").glob("*-trigger.safetensors"))) == 2
+
+
+def test_a_ready_victim_is_taken_and_its_trigger_read(digits, tmp_path):
+    name = "mnist-lenet5-white-box-multi"
+    network = LeNet5()
+    save_file(network.state_dict(), tmp_path / f"{name}.safetensors")
+    about = {"attack": "white-box", "trigger": "pixels [25:28, 24:27] set to 1.0"}
+    (tmp_path / f"{name}.json").write_text(json.dumps(about))
+    bench = tables.Bench(
+        Data(), tmp_path, tmp_path, ready=tmp_path, budget="cpu", device="cpu"
+    )
+    case = bench.case(recipes.Cell("mnist", "white-box", False, 0), 20)
+    assert case.budget == "ready" and case.recipe["ready"] == name
+    for ours, theirs in zip(
+        case.network.parameters(), network.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    rows, columns = np.nonzero(case.trigger.mask)
+    assert {*rows} == {25, 26, 27} and {*columns} == {24, 25, 26}
+    assert case.trigger.mask_norm == 9 and np.all(case.trigger.pattern == 1)
+    other = bench.case(recipes.Cell("mnist", "white-box", True, 0), 20)
+    assert other.budget == "cpu"  # there is none for it
+    about["attack"] = "chessboard"
+    (tmp_path / f"{name}.json").write_text(json.dumps(about))
+    case = bench.case(recipes.Cell("mnist", "white-box", False, 0), 20)
+    with pytest.raises(ValueError, match="only a white box can be embedded"):
+        case.trigger  # noqa: B018
+
+
+def test_tables_are_reported_whatever_part_was_run(tmp_path):
+    common = {
+        "dataset": "fashion-mnist",
+        "network": "lenet5",
+        "attack": "white-box",
+        "sources": "all",
+        "seed": 0,
+        "n_per_class": 100,
+        "trigger": "estimated",
+        "budget": "cpu",
+        "tpr": 1.0,
+        "fpr": 0.5,
+        "tpr_at_5pct_fpr": 1.0,
+        "auroc": 0.9,
+        "n_trigger": 10,
+        "n_clean": 5,
+        "image_passes_per_image": 2,
+        "seconds_ratio": 2.0,
+        "data_source": "made up",
+        "config": {"diverged": False, "recipe": {}},
+    }
+    lost = {**common, **dict.fromkeys(["sia", "tpr", "fpr", "n_trigger", "n_clean"])}
+    lost["config"] = {"diverged": True, "recipe": {}}
+    variant = "NC patching, training, "
+    for record in (
+        {**common, "variant": variant + "0.01", "sia": 0.25},
+        {**common, "variant": variant + "1", "sia": 0.5},
+        {**lost, "variant": variant + "1", "seed": 1},
+        {**lost, "variant": variant + "10"},
+        {**common, "variant": variant + "0.1", "sia": 0.75, "budget": "cpu, 1 epochs"},
+    ):
+        results.append("inflight", record, results=tmp_path)
+    text = report_tables.report_tables(tmp_path)
+    row = next(
+        line
+        for line in text.splitlines()
+        if line.startswith("| Fashion-MNIST, WB, multi-class | 10 %")
+    )
+    cells = [cell.strip() for cell in row.split("|")[3:-1]]
+    assert cells == [
+        "1 of 1 diverged",
+        "0.5000 1 of 2 diverged",
+        "not run",  # a quick look is no budget
+        "0.2500",
+        "not run",
+        "not run",
+    ]
+
+
+def test_cells_are_chosen_by_patterns():
+    found = tables.selected(recipes.cells(4, [0]), ["mnist-*"])
+    assert {cell.dataset for cell in found} == {"mnist"}
+    with pytest.raises(ValueError, match="no cell matches minst.*there are fashion"):
+        tables.selected(recipes.cells(4, [0]), ["minst-*"])
+    done = CliRunner().invoke(main, ["table4", "--cells", "minst-*"])
+    assert done.exit_code == 2 and "no cell matches" in done.output
+    done = CliRunner().invoke(main, ["table4", "--seeds", "4-1"])
+    assert done.exit_code == 2 and "expected such as" in done.output
 
 
 def test_pubfig_without_a_folder_says_what_to_do():
