@@ -172,7 +172,7 @@ def _cell(table, name):
             found = True
             columns = [*RATES, "tpr_at_5pct_fpr", "auroc"]
             figures = " | ".join(_number(rows[column]) for column in columns)
-            passes = rows["image_passes_per_image"].iloc[-1]
+            passes = int(rows["image_passes_per_image"].iloc[-1])
             ratio = pd.to_numeric(rows["seconds_ratio"]).median()
             n = pd.to_numeric(rows["n_trigger"]).mean(), rows["n_clean"].mean()
             lines.append(
