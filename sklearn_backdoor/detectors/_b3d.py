@@ -88,7 +88,6 @@ class B3DDetector(BaseDetector):
 
     def _learn(self, X, y):
         self.n_passes_per_image_ = 2
-        return self._scores(X)
 
     def _scores(self, X):
         before, after = (self._ask(images) for images in (X, self.trigger_.embed(X)))

@@ -52,8 +52,9 @@ class BaseDetector(BaseEstimator, ABC):
         self.classes_ = victim.classes_
         self.image_shape_ = X.shape[1:]
         self.target_class_ = self._find_target(X, y)
-        scores = self._learn(X, y)
-        self.clean_scores_ = scores[self._is_calibration(X, y)]
+        self._learn(X, y)
+        rows = np.flatnonzero(self._is_calibration(X, y))
+        self.clean_scores_ = self._score_clean(X, rows)
         self.threshold_ = self._set_threshold()
         return self
 
@@ -128,7 +129,11 @@ class BaseDetector(BaseEstimator, ABC):
 
     @abstractmethod
     def _learn(self, X, y):
-        """Learn what the score needs; return the scores of these clean images."""
+        """Learn what the score needs from clean images."""
+
+    def _score_clean(self, X, rows):
+        """Return the scores of some of the images that were learnt from."""
+        return self._scores(X[rows])
 
     @abstractmethod
     def _scores(self, X):

@@ -118,7 +118,6 @@ class IBDPSCDetector(BaseDetector):
         self.layers_ = self._find_layers(X[:2])
         self.n_amplified_ = self._choose_versions(X, y)
         self.n_passes_per_image_ = 1 + len(self.n_amplified_)
-        return self._scores(X)
 
     def _find_layers(self, X):
         network = self.victim_.network_

@@ -114,17 +114,15 @@ class NCActivationDetector(BaseDetector):
                 f"{self.target_class_}, so there is none on which to measure what the "
                 "trigger raises. Add clean images of other classes."
             )
-        Z = self.victim_.transform(X)
-        stamped = self.victim_.transform(self.trigger_.embed(X[sources]))
-        rise = stamped.mean(axis=0) - Z[sources].mean(axis=0)
+        clean, stamped = (
+            self.victim_.transform(images).mean(axis=0)
+            for images in (X[sources], self.trigger_.embed(X[sources]))
+        )
+        rise = stamped - clean
         # rounded first: 0.07 * 100 is a little more than 7
         n_kept = max(1, math.ceil(round(self.fraction * len(rise), 6)))
         self.neurons_ = np.argsort(-rise, kind="stable")[:n_kept]
         self.n_passes_per_image_ = 1
-        return self._mean_activation(Z)
 
     def _scores(self, X):
-        return self._mean_activation(self.victim_.transform(X))
-
-    def _mean_activation(self, Z):
-        return Z[:, self.neurons_].mean(axis=1)
+        return self.victim_.transform(X)[:, self.neurons_].mean(axis=1)

@@ -106,16 +106,16 @@ class SCALEUPDetector(BaseDetector):
 
     def _learn(self, X, y):
         self.n_passes_per_image_ = 1 + len(self.scales)
+        if not self.standardise:
+            return
         labels, agreements = self._count_agreements(X)
-        if self.standardise:
-            right = labels == y
-            if not right.any():
-                raise ValueError(
-                    "the victim gets no image of D_Defense right, so there is nothing "
-                    "to standardise by. Check the labels y, or set standardise=False."
-                )
-            self._learn_moments(labels[right], agreements[right])
-        return self._standardised(labels, agreements)
+        right = labels == y
+        if not right.any():
+            raise ValueError(
+                "the victim gets no image of D_Defense right, so there is nothing "
+                "to standardise by. Check the labels y, or set standardise=False."
+            )
+        self._learn_moments(labels[right], agreements[right])
 
     def _learn_moments(self, labels, agreements):
         # in whole agreements: of equal fractions, rounding makes a deviation above 0

@@ -123,21 +123,21 @@ class STRIPDetector(BaseDetector):
         order = check_random_state(self.random_state).permutation(len(X))
         rows = np.resize(order, self.n_blends)  # repeats only where there are too few
         self.overlays_ = to_tensor(X[rows]).numpy()
+        self._overlay_rows = rows
         self.n_passes_per_image_ = self.n_blends
-        return self._score(X, rows)
 
-    def _scores(self, X):
-        return self._score(X)
+    def _score_clean(self, X, rows):
+        return self._scores(X[rows], rows)
 
-    def _score(self, X, rows=None):
-        """Return minus the mean entropy; ``rows`` says which of X the overlays are."""
+    def _scores(self, X, rows=None):
+        """Return minus the mean entropy; ``rows`` says which of D_Defense X are."""
         n_pairs = len(X) * len(self.overlays_)
         totals, counts = np.zeros(len(X)), np.zeros(len(X))
         for start in range(0, n_pairs, _CHUNK):
             pairs = np.arange(start, min(start + _CHUNK, n_pairs))
             image, overlay = np.divmod(pairs, len(self.overlays_))
             if rows is not None:
-                differ = rows[overlay] != image
+                differ = self._overlay_rows[overlay] != rows[image]
                 image, overlay = image[differ], overlay[differ]
             blended = self._blend(to_tensor(X[image]).numpy(), self.overlays_[overlay])
             entropies = entr(self.victim_.predict_proba(blended)).sum(axis=1)
