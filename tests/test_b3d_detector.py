@@ -151,8 +151,8 @@ def test_a_score_sends_two_images(images):
 @pytest.mark.parametrize(
     "victim, error, message",
     [
-        (Service(answer=[np.nan] * 6), ValueError, "NaN or infinity for 8 of 8"),
-        (Service(answer=[1 / 3] * 3), ValueError, r"returned shape \(8, 3\)"),
+        (Service(answer=[np.nan] * 6), ValueError, "NaN or infinity for 1 of 1"),
+        (Service(answer=[1 / 3] * 3), ValueError, r"returned shape \(1, 3\)"),
         (object(), TypeError, "no predict_proba, expected a fitted classifier"),
     ],
 )

@@ -87,6 +87,7 @@ class B3DDetector(BaseDetector):
         return target_class
 
     def _learn(self, X, y):
+        self._ask(X[:1])  # a victim without answers is refused before all else
         self.n_passes_per_image_ = 2
 
     def _scores(self, X):
