@@ -364,9 +364,9 @@ def default_classifier(n_per_class=100):
     and ``levers``): full covariances in the few discriminant directions are better than
     `BackdoorTriggerClassifier`'s own diagonal ones, which hold up on raw features. With
     few images the directions fit these too well, so that densities have to be wider:
-    ``reg_covar`` is 10 below 50 images a class, 3 below 100, else 1.
+    ``reg_covar`` is 10 below 20 images a class, 3 below 100, else 1.
     """
-    reg_covar = 1.0 if n_per_class >= 100 else 3.0 if n_per_class >= 50 else 10.0
+    reg_covar = 1.0 if n_per_class >= 100 else 3.0 if n_per_class >= 20 else 10.0
     density = GaussianMixture(3, covariance_type="full", reg_covar=reg_covar)
     return make_pipeline(
         StandardScaler(),

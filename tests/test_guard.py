@@ -237,7 +237,7 @@ def test_estimates_are_embedded_stronger_and_given_triggers_as_they_are(linear, 
 
 
 def test_densities_are_wider_where_images_are_few():
-    widths = [default_classifier(n)[-1].density.reg_covar for n in (49, 50, 99, 100)]
+    widths = [default_classifier(n)[-1].density.reg_covar for n in (19, 20, 99, 100)]
     assert widths == [10.0, 3.0, 3.0, 1.0]
 
 
