@@ -59,7 +59,7 @@ def test_the_guard_equals_the_paper_written_out(digits, digits_guard):
     lda = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
     P = lda.fit(scaler.transform(Z), digits.y_defense).transform(scaler.transform(Z))
     densities = [
-        GaussianMixture(3, covariance_type="full", reg_covar=10.0, random_state=0).fit(
+        GaussianMixture(3, covariance_type="full", reg_covar=3.0, random_state=0).fit(
             P[digits.y_defense == label]
         )
         for label in range(10)
