@@ -245,8 +245,8 @@ def rank(results, network="lenet5"):
     pandas.DataFrame
         A row a candidate and number of images a class ``n``: "loss" is the mean over
         strengths of the held-out trigger, "at 1.0" that for the estimate as it is,
-        "difference" that of "loss" from `DEFAULT`, paired by victim, and "error" its
-        standard error. Empty if nothing was run.
+        "difference" that of "loss" from `DEFAULT`, paired by victim, "error" its
+        standard error, and "victims" their number. Empty if nothing was run.
     """
     rows = [
         {
@@ -268,4 +268,5 @@ def rank(results, network="lenet5"):
     groups = table.groupby(["candidate", "n"])
     ranked = groups[["loss", "at 1.0", "difference"]].mean()
     ranked["error"] = groups["difference"].sem()
+    ranked["victims"] = groups.size()
     return ranked.reset_index().sort_values(["n", "loss"], ascending=[False, True])

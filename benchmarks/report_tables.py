@@ -47,6 +47,8 @@ lines are made by
     python -m benchmarks table2 --cifar10 CIFAR10 --victims VICTIMS
     python -m benchmarks table3 --data-dir DATA --cifar10 CIFAR10 --victims VICTIMS
     python -m benchmarks levers --data-dir DATA --seeds 0-4
+    python -m benchmarks levers --data-dir DATA --seeds 0-2 --n-per-class 5 \\
+        --n-per-class 10 --n-per-class 20 --n-per-class 50
 
 and go on where they were stopped.
 
@@ -331,13 +333,13 @@ def _levers(results):
     for number, part in ranked.groupby("n"):
         lines += [
             "",
-            f"**{number} images a class**",
+            f"**{number} images a class, {part['victims'].iloc[0]} victims**",
             "",
             "| candidate | log-loss | for the estimate as it is | from the default |",
             "|---|---|---|---|",
         ]
         for row in part.itertuples(index=False):
-            name, _, loss, plain, difference, error = row
+            name, _, loss, plain, difference, error, _ = row
             change = f"{difference:+.4f} ± {error:.4f}"
             lines.append(f"| {name} | {loss:.4f} | {plain:.4f} | {change} |")
     return "\n".join(lines)

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from benchmarks.quality import measure
 from benchmarks.results import append, read
 from benchmarks.victims import ATTACKS, calibration, make_victim, population
 from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, poison, white_box
-from sklearn_backdoor.networks import LeNet5, ResNet18
+from sklearn_backdoor._weights import load_network
+from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.reverse import AutoReverseEngineer, NCReverseEngineer
 from sklearn_backdoor.training import train_network
 
@@ -270,9 +270,9 @@ def run_budget(bench):
 def _open_shared(bench, name):
     """Return recipe, network, true trigger, D_Defense and unseen images."""
     about = json.loads((Path(bench.shared) / f"{name}.json").read_text())
-    network = ResNet18(mean=about["mean"], std=about["std"])
-    weights = load_file(Path(bench.shared) / f"{name}.safetensors")
-    network.load_state_dict({key: value.float() for key, value in weights.items()})
+    network = load_network(
+        "sklearn_backdoor.networks:ResNet18", Path(bench.shared) / f"{name}.safetensors"
+    )
     if "cifar10" not in bench._data:
         bench._data["cifar10"] = datasets.load_image_folder(bench.cifar10)
     images = bench._data["cifar10"]
@@ -290,7 +290,7 @@ def _open_shared(bench, name):
         "target_class": about["target_class"] if about["attack"] else None,
         "seed": 0,
     }
-    return recipe, network.eval(), trigger, (X_defense, y_defense), (X_test, y_test)
+    return recipe, network, trigger, (X_defense, y_defense), (X_test, y_test)
 
 
 def run_inflight(bench):
