@@ -383,7 +383,7 @@ def _fail(message, status, debug):
 
 def _say(text, err=False):
     """Print lines that no terminal obeys and no closed pipe turns into status 1."""
-    from sklearn_backdoor._weights import printable
+    from sklearn_backdoor._text import printable
 
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"

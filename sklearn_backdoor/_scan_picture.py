@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import text_to_path
 
 from sklearn_backdoor._picture import _AMBER, _GREY, _INK, _PALE, _RED, _TEAL
-from sklearn_backdoor._weights import printable
+from sklearn_backdoor._text import printable
 
 _N_CELLS = 12
 _N_TRIED = 32  # clean images, to find one that the trigger moves

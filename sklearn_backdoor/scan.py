@@ -15,7 +15,7 @@ import torch
 
 import sklearn_backdoor
 from sklearn_backdoor import reverse
-from sklearn_backdoor._weights import printable
+from sklearn_backdoor._text import printable
 from sklearn_backdoor.victim import VictimNetwork
 
 METHODS = {

@@ -19,7 +19,8 @@ from sklearn_backdoor import AutoReverseEngineer, NCReverseEngineer
 from sklearn_backdoor import scan as scanning
 from sklearn_backdoor.__main__ import main
 from sklearn_backdoor._scan_picture import draw_scan, picture_png
-from sklearn_backdoor._weights import load_network, printable
+from sklearn_backdoor._text import printable
+from sklearn_backdoor._weights import load_network
 from sklearn_backdoor.networks import ResNet18
 from sklearn_backdoor.scan import METHODS, run_scan, screen, to_json
 from tests.common import LinearNetwork, linear_images
