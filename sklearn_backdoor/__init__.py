@@ -10,6 +10,13 @@ from sklearn_backdoor.detectors import (
     SCALEUPDetector,
     STRIPDetector,
 )
+from sklearn_backdoor.displays import (
+    AnomalyIndexDisplay,
+    FeatureSpaceDisplay,
+    LikelihoodRatioDisplay,
+    SourceConfusionDisplay,
+    TriggerDisplay,
+)
 from sklearn_backdoor.embedding import TriggerEmbedder
 from sklearn_backdoor.guard import BackdoorGuard
 from sklearn_backdoor.metrics import (
@@ -43,19 +50,24 @@ __version__ = "0.1.0"
 __all__ = [
     "AdditiveReverseEngineer",
     "AdditiveTrigger",
+    "AnomalyIndexDisplay",
     "AutoReverseEngineer",
     "B3DDetector",
     "B3DReverseEngineer",
     "BackdoorGuard",
     "BackdoorTriggerClassifier",
+    "FeatureSpaceDisplay",
     "IBDPSCDetector",
+    "LikelihoodRatioDisplay",
     "NCActivationDetector",
     "NCPatcher",
     "NCReverseEngineer",
     "PatchTrigger",
     "SCALEUPDetector",
     "STRIPDetector",
+    "SourceConfusionDisplay",
     "TABORReverseEngineer",
+    "TriggerDisplay",
     "TriggerEmbedder",
     "VictimNetwork",
     "asr_score",

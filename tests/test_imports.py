@@ -24,6 +24,7 @@ LEVELS = {
     "reverse": 3,
     "detectors": 4,
     "guard": 4,
+    "displays": 4,
     "networks": 0,
     "_text": 0,
     "_weights": 1,
@@ -34,7 +35,8 @@ LEVELS = {
     "_picture": 4,
     "scan": 5,
     "_scan_picture": 5,
-    "__main__": 6,
+    "cli": 6,
+    "__main__": 7,
     "__init__": 6,
 }
 

@@ -1,0 +1,102 @@
+"""Text that a picture can take: names of unknown origin, lines that fit."""
+
+import unicodedata
+from functools import cache
+
+from sklearn_backdoor._text import printable
+
+FONT = "DejaVu Sans"  # comes with matplotlib, so that its glyphs are known
+
+
+def legible(name, inches, size, weight="normal"):
+    """Return a name that the font can draw, that is no formula and that fits.
+
+    Parameters
+    ----------
+    name : object
+        Taken as its ``str``.
+    inches : float
+        Room for it; longer names are cut.
+    size : float
+        Of the font, in points.
+    weight : {"normal", "bold"}, default="normal"
+
+    Returns
+    -------
+    str
+        ``$`` is escaped; a character that the font lacks becomes a box.
+    """
+    name = unicodedata.normalize("NFC", printable(name, 80))
+    name = "".join(c for c in name if unicodedata.category(c)[0] != "M")
+    known = _glyphs()
+    name = "".join(c if ord(c) in known else "□" for c in name)
+    whole, name = name, name.rstrip("…")
+    while name and width(whole, size, weight) >= inches:
+        name = name[:-1]
+        whole = name + "…"
+    return whole.replace("$", r"\$")
+
+
+def wrapped(text, inches, size, weight="normal"):
+    """Return text broken into lines at its spaces, so that it fits.
+
+    Parameters
+    ----------
+    text : str
+    inches : float
+        Room for a line.
+    size : float
+        Of the font, in points.
+    weight : {"normal", "bold"}, default="normal"
+
+    Returns
+    -------
+    str
+    """
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and width(longer, size, weight) > inches:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def width(text, size, weight="normal"):
+    """Return how wide a line of text is, in inches.
+
+    Parameters
+    ----------
+    text : str
+    size : float
+        Of the font, in points.
+    weight : {"normal", "bold"}, default="normal"
+
+    Returns
+    -------
+    float
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    font = FontProperties(family=FONT, size=size, weight=weight)
+    points, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
+    return points / 72
+
+
+@cache
+def _glyphs():
+    from matplotlib import font_manager
+
+    known = None
+    for weight in ("normal", "bold"):
+        found = font_manager.FontProperties(family=FONT, weight=weight)
+        own = set(font_manager.get_font(font_manager.findfont(found)).get_charmap())
+        known = own if known is None else known & own
+    return known
+
+
+def short(value):
+    """Return a norm in few characters."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
