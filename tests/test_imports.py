@@ -27,7 +27,8 @@ LEVELS = {
     "displays": 4,
     "networks": 0,
     "_text": 0,
-    "_weights": 1,
+    "io": 1,
+    "_weights": 2,
     "_scan_input": 2,
     "datasets": 1,
     "training": 1,
@@ -74,7 +75,10 @@ def test_no_file_is_unpickled():
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         for word in ("pickle.load", "joblib.load", "torch.load", "weights_only=False"):
-            assert word not in text, f"{path.name} holds {word}"
+            if (word, path.name, path.parent.name) == ("torch.load", "_child.py", "io"):
+                assert text.count(word) == text.count("weights_only=True") == 1
+            else:
+                assert word not in text, f"{path.name} holds {word}"
 
 
 def test_importing_the_package_loads_neither_torchvision_nor_matplotlib():

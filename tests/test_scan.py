@@ -95,7 +95,7 @@ def case(tmp_path, monkeypatch):
     save_file(suspect().state_dict(), "suspect.safetensors")
     write_images(tmp_path / "clean")
     return [
-        *("--network", "suspects:make", "--weights", "suspect.safetensors"),
+        *("--architecture", "suspects:make", "--weights", "suspect.safetensors"),
         *("--images", "clean", "--channels", "1"),
     ]
 
@@ -140,7 +140,7 @@ def test_a_backdoor_ends_with_status_1_and_names_its_class_by_all_searches(case)
     content = Path("suspect.safetensors").read_bytes()
     assert found["weights_sha256"] == hashlib.sha256(content).hexdigest()
     assert found["image_passes"]["backward"] > 0 and found["seconds"] > 0
-    assert found["settings"]["network"] == "suspects:make"
+    assert found["settings"]["architecture"] == "suspects:make"
     assert found["n_images_per_class"] == dict.fromkeys("012345", 6)
     assert set(found["versions"]) >= {"sklearn_backdoor", "torch", "numpy", "python"}
     assert found["pictures"] == [str(Path("pictures/suspect.png"))]
@@ -162,7 +162,7 @@ def test_a_network_without_backdoor_ends_with_status_0(case, method):
 def test_too_few_classes_end_with_status_4_and_strict_json(case):
     save_file(LinearNetwork(4).state_dict(), "suspect.safetensors")
     write_images(Path("four"), 4)
-    options = ["--network", "suspects:small", "--images", "four"]
+    options = ["--architecture", "suspects:small", "--images", "four"]
     done = scan(case, *options, "--json", "verdict.json")
     assert done.exit_code == 4, done.output
     assert "INCONCLUSIVE: 4 classes are too few" in done.output
@@ -245,7 +245,7 @@ def test_the_methods_are_those_of_the_command():
 
 
 def test_missing_weights_are_refused(case):
-    refused(scan(case, "--weights", "absent.safetensors"), "does not exist", "Give")
+    refused(scan(case, "--weights", "absent.safetensors"), "does not exist")
 
 
 def test_weights_of_another_network_are_refused_by_name(case):
@@ -348,7 +348,7 @@ def test_other_precisions_are_converted_and_counters_kept(tmp_path):
 def test_a_factory_that_makes_no_network_is_refused(case, factory, words):
     Path("broken.py").write_text("def (:\n")
     Path("quits.py").write_text("import sys\nsys.exit(0)\n")
-    refused(scan(case, "--network", factory), words)
+    refused(scan(case, "--architecture", factory), words)
 
 
 # ---- images, options, outputs
@@ -388,7 +388,7 @@ def test_a_victim_that_answers_one_class_is_refused(case):
         (["--method", "magic"], "--method"),
         (["--json", "clean"], "is a directory"),
         (["--json", "/dev/null"], "no regular file"),
-        (["--json", "suspect.safetensors"], "holds the weights"),
+        (["--json", "suspect.safetensors"], "holds what the command reads"),
         (["--out", "suspect.safetensors/x"], "suspect.safetensors"),
         (["--checkpoint-dir", "suspects.py"], "is a file"),
     ],
@@ -454,7 +454,7 @@ def test_a_picture_that_fails_does_not_cost_the_figures(case, monkeypatch):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_ctrl_c_ends_with_status_130_and_says_how_to_resume(case, kept):
-    options = ["--network", "suspects:Slow"]
+    options = ["--architecture", "suspects:Slow"]
     options += ["--checkpoint-dir", "kept"] if kept else []
     process = subprocess.Popen(
         [sys.executable, "-m", "sklearn_backdoor", "scan", *case, *options],
@@ -464,7 +464,7 @@ def test_ctrl_c_ends_with_status_130_and_says_how_to_resume(case, kept):
     )
     with process:
         for line in process.stderr:
-            if line.startswith("[3/3]"):
+            if line.startswith("search a trigger"):
                 break
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
