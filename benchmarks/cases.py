@@ -24,10 +24,8 @@ from sklearn_backdoor import (
     VictimNetwork,
     asr_score,
 )
-from sklearn_backdoor._weights import file_digest, load_network
 from sklearn_backdoor.datasets import split_defense
-
-_FACTORIES = {"lenet5": "LeNet5", "resnet18": "ResNet18", "vgg16": "VGG16"}
+from sklearn_backdoor.io import file_digest, load_network
 
 
 class Data:
@@ -111,8 +109,7 @@ class Case:
                 self.recipe, self.data, self.cache, device=self.device, log=self.log
             )
         else:
-            factory = f"sklearn_backdoor.networks:{_FACTORIES[self.cell.network]}"
-            network = load_network(factory, self.ready)
+            network = load_network(self.ready, self.cell.network)
         return network.to(self.device)
 
     @cached_property

@@ -12,7 +12,7 @@ from benchmarks.quality import measure
 from benchmarks.results import append, read
 from benchmarks.victims import ATTACKS, calibration, make_victim, population
 from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, poison, white_box
-from sklearn_backdoor._weights import load_network
+from sklearn_backdoor.io import load_network
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.reverse import AutoReverseEngineer, NCReverseEngineer
 from sklearn_backdoor.training import train_network
@@ -270,9 +270,7 @@ def run_budget(bench):
 def _open_shared(bench, name):
     """Return recipe, network, true trigger, D_Defense and unseen images."""
     about = json.loads((Path(bench.shared) / f"{name}.json").read_text())
-    network = load_network(
-        "sklearn_backdoor.networks:ResNet18", Path(bench.shared) / f"{name}.safetensors"
-    )
+    network = load_network(Path(bench.shared) / f"{name}.safetensors", "resnet18")
     if "cifar10" not in bench._data:
         bench._data["cifar10"] = datasets.load_image_folder(bench.cifar10)
     images = bench._data["cifar10"]

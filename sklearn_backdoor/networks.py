@@ -1,4 +1,4 @@
-"""The paper's networks, with the normalisation inside (§5.1).
+"""The paper's networks, with the normalisation inside (§5.1), and one for any other.
 
 Each takes images in 0...1 and returns logits, so that triggers live in pixels. The
 penultimate features are the input of the last ``nn.Linear``.
@@ -128,3 +128,24 @@ class VGG16(VGG):
     def forward(self, images):
         """Return logits of shape (n_samples, n_classes)."""
         return super().forward((images - self.mean) / self.std)
+
+
+class Normalised(nn.Module):
+    """Another network behind the normalisation that it was trained with.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Takes normalised images, returns logits.
+    mean, std : float or sequence of n_channels floats
+        Of pixels in 0...1.
+    """
+
+    def __init__(self, network, mean, std):
+        super().__init__()
+        self.network = network
+        _add_normalisation(self, mean, std)
+
+    def forward(self, images):
+        """Return what the network returns; images in 0...1."""
+        return self.network((images - self.mean) / self.std)
