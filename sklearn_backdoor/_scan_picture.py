@@ -1,21 +1,19 @@
 """The scan's picture: every class's trigger, what it does, and how it compares."""
 
 import io
-import unicodedata
-from functools import cache
 
 import numpy as np
-from matplotlib import font_manager, style
+from matplotlib import style
 from matplotlib.figure import Figure
-from matplotlib.textpath import text_to_path
 
-from sklearn_backdoor._picture import _AMBER, _GREY, _INK, _PALE, _RED, _TEAL
-from sklearn_backdoor._text import printable
+from sklearn_backdoor.displays import AnomalyIndexDisplay, TriggerDisplay
+from sklearn_backdoor.displays._lettering import legible, short
+from sklearn_backdoor.displays._style import AMBER, GREY, INK, RED, TEAL, nothing
+from sklearn_backdoor.displays._trigger import N_TRIED
 
 _N_CELLS = 12
-_N_TRIED = 32  # clean images, to find one that the trigger moves
 _WIDTH, _CELL, _HEAD, _FOOT = 15.0, 2.35, 1.25, 4.0  # inches
-_COLORS = (_INK, _AMBER, _TEAL, "#7a5aa6", "#8a5a3b", "#4f86c6")
+_COLORS = (INK, AMBER, TEAL, "#7a5aa6", "#8a5a3b", "#4f86c6")
 _MARKS = "osD^vP"
 
 
@@ -63,58 +61,13 @@ def draw_scan(scan):
     return figure
 
 
-def legible(name, inches, size, weight="normal"):
-    """Return a name that the font can draw, that is no formula and that fits.
-
-    Parameters
-    ----------
-    name : str
-    inches : float
-        Room for it; longer names are cut.
-    size : float
-        Of the font, in points.
-    weight : {"normal", "bold"}, default="normal"
-
-    Returns
-    -------
-    str
-        ``$`` is escaped; a character that the font lacks becomes a box.
-    """
-    name = unicodedata.normalize("NFC", printable(name, 80))
-    name = "".join(c for c in name if unicodedata.category(c)[0] != "M")
-    known = _glyphs()
-    name = "".join(c if ord(c) in known else "□" for c in name)
-    font = font_manager.FontProperties(family="DejaVu Sans", size=size, weight=weight)
-
-    def fits(text):
-        return text_to_path.get_text_width_height_descent(text, font, False)[0] < (
-            72 * inches
-        )
-
-    whole, name = name, name.rstrip("…")
-    while name and not fits(whole):
-        name = name[:-1]
-        whole = name + "…"
-    return whole.replace("$", r"\$")
-
-
-@cache
-def _glyphs():
-    known = None
-    for weight in ("normal", "bold"):
-        found = font_manager.FontProperties(family="DejaVu Sans", weight=weight)
-        own = set(font_manager.get_font(font_manager.findfont(found)).get_charmap())
-        known = own if known is None else known & own
-    return known
-
-
 def _headline(figure, scan, height, n_drawn):
     size, room = (24, 2.4) if len(scan.targets) > 1 else (27, 6.8)
     names = [legible(name, room, size, "bold") for name in scan.targets[:2]]
     text, color = {
-        "backdoored": ("Backdoor found", _RED),
-        "nothing found": ("Nothing found (not proof of being clean)", _TEAL),
-        "inconclusive": ("Inconclusive: no class could be judged", _AMBER),
+        "backdoored": ("Backdoor found", RED),
+        "nothing found": ("Nothing found (not proof of being clean)", TEAL),
+        "inconclusive": ("Inconclusive: no class could be judged", AMBER),
     }[scan.verdict]
     if names:
         word = "classes" if len(names) > 1 else "class"
@@ -137,15 +90,15 @@ def _headline(figure, scan, height, n_drawn):
         f"{shown}   |   right on {scan.accuracy:.1%} of {len(scan.X)} clean images   |"
         f"   flagged: {scan.rule.words}",
         size=12.5,
-        color=_INK,
+        color=INK,
         **place,
     )
 
 
 def _cell(figure, scan, row, left, top, height):
     """Draw one class: mask, trigger, a clean image, and that image with it."""
-    color = _RED if row["flagged"] else _INK
-    frame = color if row["flagged"] else _GREY
+    color = RED if row["flagged"] else INK
+    frame = color if row["flagged"] else GREY
     name = legible(row["class"], 4.3, 13.5, "bold")
     title = f"class {name}" + "   FLAGGED" * row["flagged"]
     place = {"va": "top", "transform": figure.dpi_scale_trans}
@@ -159,32 +112,25 @@ def _cell(figure, scan, row, left, top, height):
         linespacing=1.35,
         **place,
     )
-    trigger = scan.engineer.triggers_[row["position"]]
-    strength, what, most = _strength(trigger)
-    clean, stamped, was, now = _example(scan, trigger, row)
-    was, says = (legible(label, 1.2, 9.5) for label in (was, now))
-    panels = (
-        (strength, what, most, _GREY),
-        (trigger.to_image(), "the trigger\non its own", 1, _GREY),
-        (_pixels(clean), f"clean: called\n{was}", 1, _INK),
-        (_pixels(stamped), f"with the trigger\n{says}", 1, color),
+    images = scan.X[scan.y != row["class"]]
+    x, y = (left + 1.56) / _WIDTH, (top - 2.14) / height
+    axes = figure.add_axes((x, y, 5.5 / _WIDTH, 1.74 / height), label=str(left + top))
+    display = TriggerDisplay.from_estimator(
+        scan.engineer,
+        images[:: -(-len(images) // N_TRIED)],
+        label=row["class"],
+        ax=axes,
     )
-    for column, (image, caption, limit, shade) in enumerate(panels):
-        x, y, side = left + 1.62 + column * 1.38, top - 1.69, 1.26
-        axes = figure.add_axes(
-            (x / _WIDTH, y / height, side / _WIDTH, side / height), label=str(column)
-        )
-        axes.imshow(image, cmap="gray", vmin=0, vmax=limit, interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        axes.set_xlabel(caption, size=9.5, color=shade, labelpad=3)
-        for spine in axes.spines.values():
-            spine.set(color=frame, linewidth=0.8)
+    axes.set_title("", loc="left")
+    display.axes_[-1].xaxis.label.set_color(color)
+    for panel in display.axes_:
+        panel.spines[:].set_color(frame)
 
 
 def _facts(row):
     facts = [*row["method"].split(", "), ""]
     if row["converged"]:
-        facts.append(f"norm {_short(row['norm'])}")
+        facts.append(f"norm {short(row['norm'])}")
     else:
         facts.append("not converged")
     facts.append(f"success {row['success_rate']:.0%}")
@@ -195,71 +141,10 @@ def _facts(row):
     return "\n".join(facts)
 
 
-def _strength(trigger):
-    """Return how strongly each pixel is changed, in words, and the largest value."""
-    if hasattr(trigger, "mask"):
-        image, what, most = trigger.mask, "mask,\n0 to 1", 1.0
-    else:
-        image = np.abs(trigger.perturbation)
-        most = max(float(image.max()), 1e-12)
-        what = f"size of change,\n0 to {most:.2g}"
-    image = np.broadcast_to(image, (*image.shape[:-2], *trigger.image_shape[-2:]))
-    return image.reshape(-1, *image.shape[-2:]).mean(axis=0), what, most
-
-
-def _example(scan, trigger, row):
-    """Return an image of another class, with and without the trigger, and answers."""
-    others = np.flatnonzero(scan.y != row["class"])
-    tried = others[:: -(-len(others) // _N_TRIED)]
-    stamped = trigger.embed(scan.X[tried])
-    was = scan.engineer.victim_.predict(scan.X[tried])
-    now = scan.engineer.victim_.predict(stamped)
-    moved = (was == scan.y[tried]).astype(int) + 2 * (now == row["class"])
-    best = int(np.argmax(moved))
-    return scan.X[tried[best]], stamped[best], str(was[best]), str(now[best])
-
-
-def _pixels(image):
-    image = image / 255 if image.dtype == np.uint8 else image
-    return image.transpose(1, 2, 0)[:, :, :3] if len(image) >= 3 else image[0]
-
-
-def _short(value):
-    if not np.isfinite(value):
-        return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
-
-
 def _evidence(axes, scan, rows):
-    """Draw a bar a class: the p-value's, or the anomaly index where that decides."""
-    rule = scan.rule
-    if rule.column == "anomaly_index":
-        index = [row["anomaly_index"] * (row["relative"] < 1) for row in rows]
-        values = np.asarray(index, dtype=float)
-        title, limit = "Anomaly index of small norms", rule.threshold
-    else:
-        smallest = 1e-16
-        p = np.array([row["p_corrected"] for row in rows], dtype=float)
-        values = -np.log10(np.maximum(p, smallest))
-        title = "How improbable is a trigger as small?  p-value"
-        limit = -np.log10(rule.threshold) if rule.column == "p_corrected" else None
-    _titled(axes, title)
-    if np.isnan(values).all():
-        _nothing(axes, "too few classes converged for a statistic")
-        return
-    values = np.nan_to_num(values)
-    colors = [_RED if row["flagged"] else _INK for row in rows]
-    axes.bar(np.arange(len(rows)), values, color=colors, width=0.66)
-    top = 1.15 * max(values.max(), 1.25 * (limit or 1))
-    if limit is not None:
-        _threshold(axes, limit, f"flagged\nabove {rule.threshold:g}")
-    if rule.column != "anomaly_index":
-        ticks = np.arange(0, top, max(1, int(top / 5)))
-        axes.set_yticks(ticks, [f"{10.0**-tick:g}" for tick in ticks])
-        if limit is not None:
-            axes.texts[-1].set_text(f"flagged\nbelow {rule.threshold:g}")
-    axes.set_ylim(0, top)
-    _name_classes(axes, rows)
+    """Draw a bar a class: what the search flags by."""
+    classes = [row["class"] for row in rows]
+    AnomalyIndexDisplay.from_estimator(scan.engineer, classes=classes, ax=axes)
 
 
 def _norms(axes, scan, rows):
@@ -287,7 +172,7 @@ def _norms(axes, scan, rows):
         )
         drawn = True
     if not drawn:
-        _nothing(axes, "too few classes converged to compare norms")
+        nothing(axes, "too few classes converged to compare norms")
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -298,30 +183,17 @@ def _norms(axes, scan, rows):
     ticks = [tick for tick in ticks if low <= tick <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
-    axes.axhline(1, color=_GREY, linewidth=0.9, zorder=0)
+    axes.axhline(1, color=GREY, linewidth=0.9, zorder=0)
     if scan.rule.column == "relative":
-        _threshold(axes, scan.rule.threshold, "")
+        axes.axhline(scan.rule.threshold, color=RED, linewidth=1.1, linestyle="--")
     axes.legend(
         frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1.01, 1.02)
     )
     _name_classes(axes, rows)
 
 
-def _threshold(axes, value, text):
-    axes.axhline(value, color=_RED, linewidth=1.2, linestyle=(0, (5, 3)))
-    axes.text(
-        1.01,
-        value,
-        text,
-        size=10,
-        color=_RED,
-        va="center",
-        transform=axes.get_yaxis_transform(),
-    )
-
-
 def _titled(axes, text):
-    axes.set_title(text, loc="left", size=13.5, weight="bold", color=_INK, pad=10)
+    axes.set_title(text, loc="left", size=13.5, weight="bold", color=INK, pad=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=10)
 
@@ -333,19 +205,4 @@ def _name_classes(axes, rows):
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if long else {}
     axes.set_xticks(np.arange(len(rows)), names, **turned)
     for label, row in zip(axes.get_xticklabels(), rows, strict=True):
-        label.set_color(_RED if row["flagged"] else _INK)
-
-
-def _nothing(axes, text):
-    axes.set(xticks=[], yticks=[], facecolor=_PALE)
-    axes.spines[:].set_visible(False)
-    axes.text(
-        0.5,
-        0.5,
-        text,
-        ha="center",
-        va="center",
-        size=12,
-        color=_GREY,
-        transform=axes.transAxes,
-    )
+        label.set_color(RED if row["flagged"] else INK)

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import torch
 import sklearn_backdoor
 from sklearn_backdoor import reverse
 from sklearn_backdoor._text import printable
+from sklearn_backdoor.reverse._rule import rule_of
 from sklearn_backdoor.victim import VictimNetwork
 
 METHODS = {
@@ -27,14 +28,6 @@ METHODS = {
 }
 STATUS = {"nothing found": 0, "backdoored": 1, "inconclusive": 4}
 _N_ROWS, _NEEDED = 10, 5  # classes shown; converged, for any statistic
-
-
-class Rule(NamedTuple):
-    """What a search flags by: a column of the table, a threshold, and in words."""
-
-    column: str
-    threshold: float
-    words: str
 
 
 @dataclass(eq=False)
@@ -85,18 +78,7 @@ class Scan:
     @property
     def rule(self):
         """What the search flags by."""
-        engineer = self.engineer
-        threshold = getattr(engineer, "threshold", None)
-        if threshold is not None:
-            words = f"anomaly index of a small norm above {threshold:g}"
-            return Rule("anomaly_index", threshold, words)
-        if hasattr(engineer, "alpha") or hasattr(engineer, "threshold"):
-            alpha = getattr(engineer, "alpha", 0.05)
-            n_searches = self.table["method"].nunique()
-            corrected = f", corrected for {n_searches} searches," * (n_searches > 1)
-            words = f"p-value{corrected} below {alpha:g}"
-            return Rule("p_corrected", alpha, words)
-        return Rule("relative", 0.25, "norm below a quarter of the median")
+        return rule_of(self.engineer)
 
 
 def run_scan(

@@ -4,6 +4,7 @@ import numpy as np
 from sklearn.utils import check_consistent_length
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
+from sklearn_backdoor._validation import check_target_class
 from sklearn_backdoor.displays._lettering import legible, short, width
 from sklearn_backdoor.displays._source import search_of
 from sklearn_backdoor.displays._style import (
@@ -28,6 +29,11 @@ _STATISTICS = {
         "How many times smaller than the median is each class's trigger?",
         "median norm / norm",
     ),
+}
+_OF_COLUMN = {
+    "p_corrected": "p-value",
+    "anomaly_index": "anomaly index",
+    "relative": "median / norm",
 }
 
 
@@ -86,13 +92,15 @@ class AnomalyIndexDisplay:
         self.threshold = threshold
 
     @classmethod
-    def from_estimator(cls, estimator, *, ax=None):
+    def from_estimator(cls, estimator, *, classes=None, ax=None):
         """Draw what a search compared, by the statistic that it flags by.
 
         Parameters
         ----------
         estimator : reverse engineer, SearchRecord, BackdoorGuard or TriggerEmbedder
             Fitted, by a search.
+        classes : array-like of labels, default=None
+            Those to draw, in this order; None takes all.
         ax : matplotlib Axes, default=None
             None opens a figure.
 
@@ -105,25 +113,25 @@ class AnomalyIndexDisplay:
         sklearn.exceptions.NotFittedError
             If the estimator is not fitted.
         TypeError, ValueError
-            If it is of another kind, or its trigger was given and not searched for.
+            If it is of another kind, its trigger was given and not searched for, or a
+            class is not known.
         """
         check_matplotlib_support(f"{cls.__name__}.from_estimator")
         search = search_of(estimator)
+        labels = search.classes_.tolist()
+        classes = labels if classes is None else classes
+        places = [labels.index(check_target_class(c, labels)) for c in classes]
         rule, figures = rule_of(search), figures_of(search)
-        statistic = {
-            "p_corrected": "p-value",
-            "anomaly_index": "anomaly index",
-            "relative": "median / norm",
-        }[rule.column]
+        statistic = _OF_COLUMN[rule.column]
         threshold = rule.threshold
-        if statistic == "median / norm":
+        if statistic == "median / norm":  # turned over: a taller bar is more suspicious
             figures = 1 / np.maximum(figures, 1e-12)
             threshold = 1 / threshold
         display = cls(
-            classes=search.classes_,
-            figures=figures,
-            norms=search.norms_,
-            converged=search.converged_,
+            classes=search.classes_[places],
+            figures=figures[places],
+            norms=search.norms_[places],
+            converged=search.converged_[places],
             target_classes=search.target_classes_,
             statistic=statistic,
             threshold=threshold,
@@ -136,8 +144,7 @@ class AnomalyIndexDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            None opens a figure. Names longer than the axes has room for are cut; a
-            figure with ``layout="constrained"`` makes room below.
+            None opens a figure.
         title : str, default=None
             None takes the display's own.
 
@@ -252,7 +259,7 @@ class AnomalyIndexDisplay:
         low, high = ax.get_xlim()
         pitch = sizes.width / (high - low)
         line = 1.35 * sizes.small / 72
-        room = float(np.clip(0.35 * sizes.height, 0.6, 1.3))
+        room = float(np.clip(0.38 * sizes.height, 0.6, 1.3))
         names = [legible(label, room, sizes.small) for label in self.classes]
         widest = max(width(name, sizes.small) for name in names)
         flat, named = widest <= 0.94 * pitch, np.arange(len(names))

@@ -11,7 +11,7 @@ from sklearn_backdoor._validation import check_images, check_labels
 from sklearn_backdoor.displays._lettering import legible, width
 from sklearn_backdoor.displays._source import defended_class
 from sklearn_backdoor.displays._style import (
-    GREY,
+    AMBER,
     INK,
     MARKS,
     RED,
@@ -21,7 +21,7 @@ from sklearn_backdoor.displays._style import (
     open_axes,
 )
 
-_N_COLORS = 20  # source classes that get a colour each
+_MOST_SOURCES = 20  # classes that are told apart
 _NAME = 0.9  # inches for a class's name
 
 
@@ -198,70 +198,68 @@ class FeatureSpaceDisplay:
         """
         check_consistent_length(self.points, self.y)
         ax, sizes = open_axes(self, ax, (7, 5))
-        side = np.clip(22 * sizes.width * sizes.height / len(self.points), 5, 26)
-        self._draw_sources(ax, sizes, side)
-        clean = np.asarray(self.y) == self.target_class
+        y = np.asarray(self.y)
+        side = np.clip(400 * sizes.width * sizes.height / len(y), 8, 26)
         name = legible(self.target_class, _NAME, sizes.small)
-        _scatter(
-            ax, self.points[clean], 2 * side, INK, "o", f"{name}, clean", edge="white"
-        )
+        clean = self.points[y == self.target_class]
+        # drawn last, over the others, but first in the legend
+        _scatter(ax, clean, f"{name}, clean", 1.8 * side, INK, edge="white", zorder=3)
+        self._draw_sources(ax, sizes, side)
         self._draw_checked(ax, 2.4 * side)
         _make_legend(ax, sizes)
-        if title is None:
-            title = "Features: the target's clean images, other classes' with trigger"
-        labels = ["first principal component", "second principal component"]
+        labels = ["first component", "second component"]
         if self.explained is not None:
             labels = [
-                f"{label} ({share:.0%} of the variance)"
+                f"{label} ({share:.0%} of variance)"
                 for label, share in zip(labels, self.explained, strict=True)
             ]
         if self.n_others:
             labels[0] += f"; {self.n_others} checked with other labels not drawn"
+        own = "Features: clean target, triggered others"
+        title = own if title is None else title
         dress(ax, sizes, title=title, xlabel=labels[0], ylabel=labels[1])
         return self
 
     def _draw_sources(self, ax, sizes, side):
-        """Draw the triggered images, a colour a source class if these are few."""
+        """Draw the triggered images, told apart by class if the classes are few."""
         y = np.asarray(self.y)
         labels = np.unique(y[y != self.target_class]).tolist()
-        if len(labels) > _N_COLORS:
-            rows = y != self.target_class
-            text = f"{len(labels)} classes, triggered"
-            _scatter(ax, self.points[rows], 0.6 * side, "#88aacc", "o", text)
+        if len(labels) > _MOST_SOURCES:
+            text = f"{len(labels)} others, triggered"
+            points = self.points[y != self.target_class]
+            _scatter(ax, points, text, 0.8 * side, SERIES[1])
             return
-        colors = _palette(len(labels))
         for number, label in enumerate(labels):
-            _scatter(
-                ax,
-                self.points[y == label],
-                side,
-                colors[number],
-                MARKS[number % len(MARKS)],
-                legible(label, _NAME, sizes.small),
-            )
+            mark, color = divmod(number, len(SERIES))
+            text = legible(label, _NAME, sizes.small)
+            points = self.points[y == label]
+            _scatter(ax, points, text, side, SERIES[color], MARKS[mark])
 
     def _draw_checked(self, ax, side):
         if self.points_check is None:
             return
         if self.flagged is None:
-            parts = [(np.ones(len(self.points_check), bool), GREY, "checked")]
+            flagged = np.zeros(len(self.points_check), dtype=bool)
+            color, text = AMBER, "checked"
         else:
             flagged = np.asarray(self.flagged, dtype=bool)
-            parts = [(~flagged, TEAL, "accepted"), (flagged, RED, "flagged")]
-        for rows, color, text in parts:
-            if not rows.any():
-                continue
-            ring = text != "flagged"
+            color, text = TEAL, "accepted"
+        rings = self.points_check[~flagged]
+        crosses = self.points_check[flagged]
+        options = {"linewidths": 1.5, "zorder": 4}
+        if len(rings):
+            text = f"{text} ({len(rings)})"
             ax.scatter(
-                *self.points_check[rows].T,
-                s=side,
-                marker="o" if ring else "x",
-                facecolors="none" if ring else color,
-                edgecolors=color if ring else None,
-                linewidths=1.4,
-                label=f"{text} ({rows.sum()})",
-                zorder=4,
+                *rings.T,
+                side,
+                facecolors="none",
+                edgecolors=color,
+                label=text,
+                **options,
             )
+        if len(crosses):
+            text = f"flagged ({len(crosses)})"
+            ax.scatter(*crosses.T, side, color=RED, marker="x", label=text, **options)
 
 
 def _plane(points):
@@ -269,45 +267,31 @@ def _plane(points):
     return np.column_stack([points, np.zeros(len(points))])[:, :2]
 
 
-def _palette(n_colors):
-    from matplotlib import colormaps
-
-    if n_colors <= len(SERIES):
-        return SERIES
-    return colormaps["tab20"](np.arange(_N_COLORS))
-
-
-def _scatter(ax, points, side, color, mark, text, edge="none"):
+def _scatter(ax, points, text, side, color, mark="o", *, edge="none", zorder=2):
     ax.scatter(
         *points.T,
         s=side,
         color=color,
         marker=mark,
         edgecolors=edge,
-        linewidths=0.7 if edge != "none" else 0,
-        alpha=0.95 if edge != "none" else 0.7,
+        linewidths=0.7,
+        alpha=0.8 if edge == "none" else 1,
         label=text,
-        zorder=3 if edge != "none" else 2,
+        zorder=zorder,
     )
 
 
 def _make_legend(ax, sizes):
     """Write the legend on the right, in room that is made beside the points."""
     handles, texts = ax.get_legend_handles_labels()
-    order = np.argsort(
-        [0 if t.endswith(", clean") else 1 for t in texts], kind="stable"
-    )
-    line = 1.5 * sizes.small / 72
-    n_lines = max(1, int(0.97 * sizes.height / line))
+    n_lines = max(1, int(sizes.height / (1.5 * sizes.small / 72)))
     n_columns = -(-len(texts) // n_lines)
     widest = max(width(text, sizes.small) for text in texts)
     room = n_columns * (widest + 2.6 * sizes.small / 72) + 0.1
     share = min(room / sizes.width, 0.6)
     low, high = ax.get_xlim()
     ax.set_xlim(low, high + (high - low) * share / (1 - share))
-    ax.legend(
-        [handles[number] for number in order],
-        [texts[number] for number in order],
+    legend = ax.legend(
         ncols=n_columns,
         loc="upper right",
         frameon=False,
@@ -320,3 +304,5 @@ def _make_legend(ax, sizes):
         handletextpad=0.5,
         columnspacing=0.8,
     )
+    for handle in legend.legend_handles:
+        handle.set_sizes([4.5 * sizes.small])

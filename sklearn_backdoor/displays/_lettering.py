@@ -1,6 +1,7 @@
 """Text that a picture can take: names of unknown origin, lines that fit."""
 
 import unicodedata
+from bisect import bisect_left
 from functools import cache
 
 from sklearn_backdoor._text import printable
@@ -30,15 +31,19 @@ def legible(name, inches, size, weight="normal"):
     name = "".join(c for c in name if unicodedata.category(c)[0] != "M")
     known = _glyphs()
     name = "".join(c if ord(c) in known else "□" for c in name)
-    whole, name = name, name.rstrip("…")
-    while name and width(whole, size, weight) >= inches:
-        name = name[:-1]
-        whole = name + "…"
-    return whole.replace("$", r"\$")
+    if width(name, size, weight) >= inches:
+
+        def cut(length):
+            return name[:length].rstrip("…") + "…"
+
+        lengths = range(len(name))
+        fits = bisect_left(lengths, inches, key=lambda n: width(cut(n), size, weight))
+        name = cut(max(fits - 1, 0))
+    return name.replace("$", r"\$")
 
 
 def wrapped(text, inches, size, weight="normal"):
-    """Return text broken into lines at its spaces, so that it fits.
+    """Return text broken into more lines at its spaces, so that it fits.
 
     Parameters
     ----------
@@ -53,13 +58,16 @@ def wrapped(text, inches, size, weight="normal"):
     -------
     str
     """
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and width(longer, size, weight) > inches:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    lines: list = []
+    for paragraph in text.split("\n"):
+        first, *words = paragraph.split(" ")
+        lines.append(first)
+        for word in words:
+            longer = f"{lines[-1]} {word}"
+            if width(longer, size, weight) > inches:
+                lines.append(word)
+            else:
+                lines[-1] = longer
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from sklearn_backdoor.displays._lettering import legible, width
 from sklearn_backdoor.displays._source import defended_class
 from sklearn_backdoor.displays._style import INK, RED, TEAL, dress, nothing, open_axes
 
-_FENCE = 5  # interquartile ranges from the quartiles; beyond, scores are clipped
+_FENCE = 3  # interquartile ranges from the quartiles; beyond, scores are clipped
 _MOST_BINS = 60
 
 
@@ -145,7 +145,8 @@ class LikelihoodRatioDisplay:
         scores, parts = self._parts()
         ax, sizes = open_axes(self, ax, (7, 3.8))
         name = legible(self.target_class, 0.3 * sizes.width, sizes.title, "bold")
-        title = f"Called {name}: clean or trigger?" if title is None else title
+        if title is None:
+            title = f"What the victim calls {name}: clean or trigger?"
         self.bins_, self.counts_, self.n_clipped_ = np.zeros(1), [], 0
         if not len(scores):
             text = f"None of {self.n_others} images is called {name}: nothing to judge"
@@ -169,13 +170,14 @@ class LikelihoodRatioDisplay:
                 alpha=0.75,
                 label=f"{text} ({len(part)})",
             )
-        _letter(ax, sizes)
+        _letter(ax, sizes, self.bins_)
         xlabel = f"trigger score: log-likelihood of the best other class minus {name}'s"
         if self.n_clipped_:
             xlabel += f"; {self.n_clipped_} far out, in the outermost bars"
         if self.n_others:
             xlabel += f"; {self.n_others} images with other labels not judged"
         ylabel = "images" if self.y_true is None else "% of the images"
+        ax.yaxis.get_major_locator().set_params(integer=self.y_true is None)
         dress(ax, sizes, title=title, xlabel=xlabel, ylabel=ylabel)
         return self
 
@@ -204,15 +206,11 @@ def _range(groups, inches, size):
         if len(group):
             first, third = np.quantile(group, [0.25, 0.75])
             fence = _FENCE * (third - first)
-            low = min(low, max(group.min(), first - fence))
-            high = max(high, min(group.max(), third + fence))
+            near = group[(group >= first - fence) & (group <= third + fence)]
+            low, high = min(low, near.min()), max(high, near.max())
     least = min(width("accepted  ", size) / inches, 0.4) + 0.02
-    low, high = min(low, -1e-9), max(high, 1e-9)
-    low, high = (
-        min(low, -high * least / (1 - least)),
-        max(high, -low * least / (1 - least)),
-    )
-    return low, high
+    room = least / (1 - least) * max(high, -low, 1e-9)
+    return min(low, -room), max(high, room)
 
 
 def _bins(low, high, n_scores):
@@ -222,7 +220,7 @@ def _bins(low, high, n_scores):
     return step * np.arange(np.floor(low / step), np.ceil(high / step) + 1)
 
 
-def _letter(ax, sizes):
+def _letter(ax, sizes, bins):
     """Draw the decision and the legend, in room that is made above the bars."""
     top = max(ax.get_ylim()[1], 1e-9)
     band = 1.6 * sizes.small / 72 / sizes.height  # a line of text, of the axes' height
@@ -238,7 +236,7 @@ def _letter(ax, sizes):
     )
     lines = len(legend.get_texts()) * band
     ax.set_ylim(0, top / max(1 - lines - 1.6 * band, 0.3))
-    ax.set_xlim(*ax.containers[0].patches[0].axes.dataLim.intervalx)
+    ax.set_xlim(*bins[[0, -1]])
     ax.axvline(0, ymax=1 - lines - 0.2 * band, color=INK, linewidth=1.2)
     for text, side, color in (
         ("accepted  ", "right", TEAL),

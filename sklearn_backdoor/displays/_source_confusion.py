@@ -9,7 +9,6 @@ from sklearn_backdoor._validation import check_labels
 from sklearn_backdoor.displays._lettering import legible, width
 from sklearn_backdoor.displays._source import defended_class
 from sklearn_backdoor.displays._style import (
-    GREY,
     INK,
     TEAL,
     dress,
@@ -171,7 +170,7 @@ class SourceConfusionDisplay:
         ax, sizes = open_axes(self, ax, (6, 5.4))
         self.im_, self.text_ = None, []
         if title is None:
-            title = "Where do the images come from?" + _in_words(self.rates)
+            title = f"Where do the images come from?\n{_in_words(self.rates)}".strip()
         totals = np.sum(self.confusion, axis=1, keepdims=True)
         if not totals.any():
             name = legible(self.target_class, 1.5, sizes.label)
@@ -186,7 +185,8 @@ class SourceConfusionDisplay:
         xlabel = "origin inferred (shade: share of its row)"
         if self.n_others:
             xlabel += f"; {self.n_others} images with other labels not judged"
-        dress(ax, sizes, title=title, xlabel=xlabel, ylabel="true origin")
+        ylabel = "true origin (framed: clean target)"
+        dress(ax, sizes, title=title, xlabel=xlabel, ylabel=ylabel)
         return self
 
     def _write_counts(self, ax, sizes, shares):
@@ -216,47 +216,37 @@ class SourceConfusionDisplay:
             )
 
     def _name_classes(self, ax, sizes):
+        """Write the names that there is room for; frame the row of the target."""
         from matplotlib.patches import Rectangle
 
         n_classes = len(self.labels)
-        names = [legible(label, _NAME, sizes.small) for label in self.labels]
         target = list(self.labels).index(self.target_class)
-        line = 1.3 * sizes.small / 72
-        step = max(1, int(np.ceil(line * n_classes / sizes.height)))
-        rows = [
-            n for n in range(n_classes) if n % step == 0 and abs(n - target) >= step
-        ]
-        rows = sorted([*rows, target])
+        names = [legible(label, _NAME, sizes.small) for label in self.labels]
+        widest = max(width(name, sizes.small) for name in names)
+        line = 1.35 * sizes.small / 72
+        rows = _every(n_classes, target, line * n_classes / sizes.height)
         ax.set_yticks(rows, [names[row] for row in rows])
-        step = max(1, int(np.ceil(line * n_classes / sizes.width)))
-        flat = all(
-            width(name, sizes.small) < 0.92 * sizes.width / n_classes for name in names
-        )
-        columns = [
-            n for n in range(n_classes) if n % step == 0 and abs(n - target) >= step
-        ]
-        columns = sorted([*columns, target])
+        flat = widest < max(0.92 * sizes.width / n_classes, 2 * line)
+        gap = widest / 0.92 if flat else line
+        columns = _every(n_classes, target, gap * n_classes / sizes.width)
         turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
         ax.set_xticks(
             columns, [names[column] for column in columns], **({} if flat else turned)
         )
-        ax.add_patch(
-            Rectangle(
-                (-0.5, target - 0.5),
-                n_classes,
-                1,
-                fill=False,
-                color=TEAL,
-                linewidth=1.6,
-            )
-        )
-        ax.spines[:].set_color(GREY)
+        corner = -0.5, target - 0.5
+        frame = Rectangle(corner, n_classes, 1, fill=False, color=TEAL, linewidth=1.6)
+        ax.add_patch(frame).set_clip_on(False)
+
+
+def _every(n_classes, target, step):
+    """Return places at least ``step`` apart, the target's among them."""
+    step = max(1, int(np.ceil(step)))
+    return list(range(target % step, n_classes, step))
 
 
 def _in_words(rates):
-    if rates is None:
-        return ""
-    return "  " + "  ".join(
+    texts = [
         f"{name} " + ("-" if np.isnan(rate) else f"{rate:.1%}")
-        for name, rate in rates.items()
-    )
+        for name, rate in (rates or {}).items()
+    ]
+    return ", ".join(texts)

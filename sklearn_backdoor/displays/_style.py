@@ -9,12 +9,12 @@ from sklearn_backdoor.displays._lettering import FONT, wrapped
 
 INK, GREY, PALE = "#1d2b3a", "#66727f", "#e9edf1"
 RED, TEAL, AMBER = "#c8423b", "#1f8a84", "#e0a030"
-# Nine that the colour-blind tell apart: P. Tol's "muted"
+# Nine that the colour-blind tell apart: after P. Tol's "muted"
 SERIES = (
     *("#332288", "#88ccee", "#44aa99", "#117733", "#999933"),
-    *("#ddcc77", "#cc6677", "#882255", "#aa4499"),
+    *("#c8a415", "#cc6677", "#882255", "#aa4499"),
 )
-MARKS = "osD^vP"
+MARKS = "o^s"
 
 
 class Sizes(NamedTuple):
@@ -29,6 +29,9 @@ class Sizes(NamedTuple):
 
 def open_axes(display, ax, figsize):
     """Return the axes to draw on, dark on white whatever the user's style.
+
+    A figure that has no layout engine gets a constrained layout, so that no label is
+    cut, unless the axes was placed by hand.
 
     Parameters
     ----------
@@ -49,7 +52,10 @@ def open_axes(display, ax, figsize):
         import matplotlib.pyplot as plt
 
         _, ax = plt.subplots(figsize=figsize, layout="constrained")
-    ax.figure.set_facecolor("white")
+    figure = ax.figure.figure  # that of a subfigure, too
+    if ax.get_subplotspec() is not None and figure.get_layout_engine() is None:
+        figure.set_layout_engine("constrained")
+    figure.set_facecolor("white")
     ax.set_facecolor("white")
     display.ax_, display.figure_ = ax, ax.figure
     return ax, sizes_of(ax)
@@ -68,7 +74,7 @@ def sizes_of(ax):
     """
     box = ax.get_window_extent()
     width, height = box.width / ax.figure.dpi, box.height / ax.figure.dpi
-    label = float(np.clip(10.5 * np.sqrt(min(width / 5.0, height / 3.0)), 6.5, 10.5))
+    label = float(np.clip(10.5 * np.sqrt(min(width / 5, height / 2.2)), 6.5, 10.5))
     return Sizes(width, height, 1.28 * label, label, max(0.9 * label, 6))
 
 

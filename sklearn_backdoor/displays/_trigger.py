@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.utils._optional_dependencies import check_matplotlib_support
 
 from sklearn_backdoor._validation import check_images, check_target_class
-from sklearn_backdoor.displays._lettering import legible, wrapped
+from sklearn_backdoor.displays._lettering import legible, width, wrapped
 from sklearn_backdoor.displays._source import search_of
 from sklearn_backdoor.displays._style import (
     GREY,
@@ -17,7 +17,7 @@ from sklearn_backdoor.displays._style import (
 )
 from sklearn_backdoor.triggers import Trigger
 
-_N_TRIED = 32  # clean images, to find one that the trigger moves
+N_TRIED = 32  # clean images, to find one that the trigger moves
 
 
 class TriggerDisplay:
@@ -124,7 +124,7 @@ class TriggerDisplay:
     def _from(cls, trigger, X, label, victim):
         if X is None:
             return cls(trigger=trigger, label=label)
-        X = check_images(X[:_N_TRIED], ndim=4)
+        X = check_images(X[:N_TRIED], ndim=4)
         stamped = trigger.embed(X)
         if victim is None:
             return cls(trigger=trigger, label=label, clean=X[0])
@@ -154,7 +154,7 @@ class TriggerDisplay:
         self
         """
         panels = self._panels()
-        ax, sizes = open_axes(self, ax, (2.1 * len(panels), 3.1))
+        ax, sizes = open_axes(self, ax, (2.1 * len(panels), 2.8))
         if title is None:
             name = legible(self.label, 0.5 * sizes.width, sizes.title, "bold")
             title = "Trigger" if self.label is None else f"Trigger to class {name}"
@@ -163,26 +163,17 @@ class TriggerDisplay:
         ax.set_axis_off()
         n_rows = 1 if len(panels) == 2 or sizes.width > 1.6 * sizes.height else 2
         n_columns = len(panels) // n_rows
-        across = sizes.width / n_columns
-        below = 2 * 1.5 * sizes.small / 72  # two lines under a panel
-        share = 1 - min(below / (sizes.height / n_rows), 0.6)
+        across, tall = sizes.width / n_columns, sizes.height / n_rows
+        size = float(np.clip(7 * min(across, tall), 6, 10))
+        share = 1 - min(3 * size / 72 / tall, 0.6)  # two lines of caption below
         self.axes_ = []
         for number, (image, most, words, name, color) in enumerate(panels):
             row, column = divmod(number, n_columns)
-            panel = ax.inset_axes(
-                (
-                    (column + 0.04) / n_columns,
-                    (n_rows - row - share) / n_rows,
-                    0.92 / n_columns,
-                    share / n_rows,
-                )
-            )
-            caption = wrapped(words, across, sizes.small)
-            if name is not None:
-                caption += "\n" + legible(name, 0.9 * across, sizes.small)
-            show(
-                panel, image, most=most, caption=caption, color=color, size=sizes.small
-            )
+            corner = (column + 0.04) / n_columns, (n_rows - row - share) / n_rows
+            panel = ax.inset_axes((*corner, 0.92 / n_columns, share / n_rows))
+            panel.set_anchor("N")
+            caption = _caption(words, name, 0.95 * across, size)
+            show(panel, image, most=most, caption=caption, color=color, size=size)
             self.axes_.append(panel)
         return self
 
@@ -191,7 +182,7 @@ class TriggerDisplay:
         image, most, words = _strength(self.trigger)
         panels = [
             (image, most, words, None, GREY),
-            (self.trigger.to_image(), 1.0, "the trigger on its own", None, GREY),
+            (self.trigger.to_image(), 1.0, "the trigger alone", None, GREY),
         ]
         if self.clean is None:
             return panels
@@ -228,6 +219,15 @@ def _trigger_of(estimator, label):
         )
     check_target_class(label, search.classes_)
     return search.triggers_[search.classes_.tolist().index(label)], label
+
+
+def _caption(words, name, inches, size):
+    """Return words, and a name after or below them."""
+    if name is None:
+        return wrapped(words, inches, size)
+    name = legible(name, inches, size)
+    fits = width(f"{words} {name}", size) < inches
+    return f"{words} {name}" if fits else f"{words}\n{name}"
 
 
 def _answers(victim, X):
