@@ -127,3 +127,37 @@ def _add_code(digest, code):
             _add(digest, constant)
     _add(digest, sorted(code.co_names), code.co_varnames)
     return names
+
+
+def weights_digest(network):
+    """Digest parameters and buffers of a network: what a guard was fitted on.
+
+    Parameters
+    ----------
+    network : torch.nn.Module
+        Never modified.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits (SHA-256), the same in every process, on every device and
+        under every version of Python and torch.
+
+    Notes
+    -----
+    - Unlike `fingerprint`, blind to code, whose bytes differ between Python versions:
+      it tells weights apart, not architectures without any.
+    - Buffers outside the state dict are digested too, since normalisation often is
+      one. The batch counters of batch normalisation are not: they play no part in
+      evaluation, and files of weights often lack them.
+    """
+    digest = hashlib.sha256()
+    tensors = {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
+    for name, tensor in sorted(tensors.items()):
+        if not name.endswith("num_batches_tracked"):
+            _add(digest, name, str(tensor.dtype), tuple(tensor.shape))
+            digest.update(_bytes_of(tensor))
+    return digest.hexdigest()

@@ -94,6 +94,18 @@ class SearchRecord:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
 
+    def __repr__(self):
+        return (
+            f"SearchRecord(method={self.method!r}, verdict_={self.verdict_!r}, "
+            f"target_classes_={self.target_classes_.tolist()})"
+        )
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
     @property
     def target_class_(self):
         """The most anomalous class, or None where none was flagged."""
