@@ -1,10 +1,12 @@
 """Clean images for a scan, with the names of the classes in logit order."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from sklearn_backdoor import datasets
+from sklearn_backdoor._image_files import find_classes, read_images
 
 
 class CleanImages(NamedTuple):
@@ -44,18 +46,8 @@ def load_folder(
     OSError, ValueError
         If the folder or an image cannot be read, or ``classes`` are not its folders.
     """
-    try:
-        found = datasets.load_image_folder(
-            folder, image_size=image_size, n_channels=n_channels
-        )
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # decoders raise all sorts at damaged files
-        raise ValueError(
-            f"{folder} holds an image that cannot be decoded ({type(error).__name__}: "
-            f"{error}). Remove it."
-        ) from error
-    names, notes = found.target_names, []
+    found = find_classes(folder)
+    names, notes = list(found), []
     if classes is not None:
         _check_names(classes, names, folder)
     elif all(name.isdecimal() for name in names) and names != sorted(names, key=int):
@@ -64,16 +56,16 @@ def load_folder(
             f"{', '.join(names[:4])}, ... If the logits go by number, give --classes."
         )
     rng = np.random.default_rng(seed)
-    kept = [
-        rng.permutation(np.flatnonzero(found.y == number))[:per_class]
-        for number in range(len(names))
-    ]
-    rows = np.sort(np.concatenate(kept))
+    kept = {  # drawn before they are read
+        name: np.sort(rng.permutation(len(paths))[:per_class])
+        for name, paths in found.items()
+    }
+    chosen = [found[name][row] for name, rows in kept.items() for row in rows]
     return CleanImages(
-        found.X[rows],
-        np.array(names)[found.y[rows]],
+        read_images(chosen, n_channels, image_size),
+        np.repeat(names, [len(rows) for rows in kept.values()]),
         list(classes or names),
-        found.data_source,
+        f"image folder {Path(folder).name}",
         notes,
     )
 

@@ -248,4 +248,6 @@ def seeded_clone(estimator, random_state):
         for name, value in twin.get_params().items()
         if name.split("__")[-1] == "random_state" and value is None
     }
-    return twin.set_params(**unset)
+    if unset:  # a FrozenEstimator has none, and its set_params returns nothing
+        twin.set_params(**unset)
+    return twin

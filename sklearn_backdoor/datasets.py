@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torchvision.datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from sklearn.datasets import load_digits as _load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.utils import Bunch, check_random_state
 
+from sklearn_backdoor._image_files import find_classes, read_images
 from sklearn_backdoor._validation import check_images, check_labels, check_number
 
 
@@ -159,7 +160,8 @@ def load_image_folder(folder, *, image_size=None, n_channels=3):
     Parameters
     ----------
     folder : path-like
-        ``folder/<class>/<image>``; classes in alphabetical order.
+        ``folder/<class>/<image>``, or folders of images within a class; classes in
+        alphabetical order.
     image_size : tuple (height, width), default=None
         Resize to this (bilinear). None takes images as they are: all of one size.
     n_channels : {1, 3}, default=3
@@ -178,35 +180,13 @@ def load_image_folder(folder, *, image_size=None, n_channels=3):
     ValueError
         If a file is no readable image, or sizes differ and no ``image_size`` is given.
     """
-    try:
-        found = torchvision.datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{folder} holds no images in folders, expected <class>/<image> ({error})."
-        ) from None
-    mode = {1: "L", 3: "RGB"}[n_channels]
-    images: list = []
-    for path, _ in found.samples:
-        try:
-            with Image.open(path) as file:
-                picture = file.convert(mode)
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{path!r} is no readable image: {error}.") from None
-        if image_size is not None:
-            picture = picture.resize(image_size[::-1], Image.Resampling.BILINEAR)
-        pixels = np.asarray(picture)
-        if images and pixels.shape != images[0].shape:
-            raise ValueError(
-                f"{path!r} has {pixels.shape[:2]} pixels (height, width), the images "
-                f"before it {images[0].shape[:2]}. Give image_size=(height, width)."
-            )
-        images.append(pixels)
-    X = np.stack(images).reshape(len(images), *images[0].shape[:2], n_channels)
+    found = find_classes(folder)
+    paths = [path for own in found.values() for path in own]
     return Bunch(
-        X=np.ascontiguousarray(X.transpose(0, 3, 1, 2)),
-        y=np.asarray(found.targets),
-        target_names=found.classes,
-        filenames=[path for path, _ in found.samples],
+        X=read_images(paths, n_channels, image_size),
+        y=np.repeat(np.arange(len(found)), [len(own) for own in found.values()]),
+        target_names=list(found),
+        filenames=paths,
         data_source=f"image folder {Path(folder).name}",
     )
 

@@ -94,7 +94,7 @@ def test_no_file_is_unpickled():
 
 def test_importing_the_package_loads_neither_torchvision_nor_matplotlib():
     code = (
-        "import sys, sklearn_backdoor; "
+        "import sys, sklearn_backdoor, sklearn_backdoor.io; "
         "print([m for m in ('torchvision', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -5,6 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def as_path(text):
+    """Return an option's value as a Path; None stays."""
+    return None if text is None else Path(text)
+
+
 def check_writable(*outputs, inputs=()):
     """Find out, leaving nothing behind, that files can be written.
 

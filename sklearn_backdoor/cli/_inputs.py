@@ -45,8 +45,49 @@ def load_suspect(options, image_shape):
     digest : str
         SHA-256 of the file of weights.
     """
-    from sklearn_backdoor._weights import file_digest, load_network
+    from sklearn_backdoor.io import file_digest, load_network
 
     say(f"load {options['weights']}", err=True)
-    network = load_network(options["architecture"], options["weights"])
+    names = ("n_classes", "mean", "std")
+    settings = {name: options[name] for name in names}
+    if _asks_for_shape(options["architecture"], image_shape):
+        settings["image_shape"] = image_shape
+    network = load_network(options["weights"], options["architecture"], **settings)
     return network, file_digest(options["weights"])
+
+
+def _asks_for_shape(architecture, image_shape):
+    """Return whether the file of weights may not tell the shape by itself.
+
+    Where it does, its own is taken: images of another are then refused with the options
+    that change them. A factory of the user's is called without.
+    """
+    if architecture == "lenet5":
+        return image_shape[1] != image_shape[2]
+    return architecture.startswith(("torchvision:", "timm:"))
+
+
+def load_guard(directory, options):
+    """Load a guard that `guard fit` wrote, around the suspect network.
+
+    Parameters
+    ----------
+    directory : path-like
+    options : dict
+        Of `network_options`.
+
+    Returns
+    -------
+    BackdoorGuard
+    """
+    from sklearn_backdoor import BackdoorGuard, VictimNetwork
+    from sklearn_backdoor._guard_disk import read_files
+
+    say(f"load {directory}", err=True)
+    content, _ = read_files(directory)
+    try:
+        shape = tuple(int(size) for size in content["victim"]["image_shape"])
+    except (KeyError, TypeError, ValueError):
+        shape = (0, 0, 0)  # loading says what is wrong
+    network, _ = load_suspect(options, shape)
+    return BackdoorGuard.load(directory, VictimNetwork(network))

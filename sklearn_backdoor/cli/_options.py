@@ -145,6 +145,14 @@ def search_options(command):
     )
 
 
+report_option = click.option(
+    "--report",
+    type=click.Path(dir_okay=False),
+    metavar="FILE.html",
+    help="Fits a guard by the finished search and writes a report: one HTML file, to "
+    "show to others.",
+)
+
 seed_option = click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),

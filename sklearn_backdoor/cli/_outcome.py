@@ -50,28 +50,14 @@ class Group(click.Group):
     command_class = Command
     group_class = type
 
-    def main(
-        self,
-        args=None,
-        prog_name=None,
-        complete_var=None,
-        standalone_mode=True,
-        windows_expand_args=True,
-        **extra,
-    ):
+    def main(self, args=None, prog_name=None, **extra):  # type: ignore[override]
         """Run a command line, and leave with its status."""
         debug = "--debug" in (sys.argv if args is None else args)
+        extra["standalone_mode"] = False  # click's own would end errors with status 1
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             try:
-                status = super().main(
-                    args,
-                    prog_name,
-                    complete_var,
-                    False,  # click's own would end errors with status 1
-                    windows_expand_args,
-                    **extra,
-                )
+                status = super().main(args, prog_name, **extra)
             except BaseException as error:
                 status = _explain(error, debug)
         sys.exit(status or 0)

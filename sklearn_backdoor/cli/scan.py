@@ -7,15 +7,21 @@ from pathlib import Path
 
 import click
 
-from sklearn_backdoor.cli._files import check_folder, check_writable, write_whole
-from sklearn_backdoor.cli._inputs import load_clean, load_suspect
+from sklearn_backdoor.cli._files import as_path, write_whole
 from sklearn_backdoor.cli._options import (
     check_options,
     image_options,
     network_options,
+    report_option,
     search_options,
 )
-from sklearn_backdoor.cli._outcome import Command, refusing, resumable, say
+from sklearn_backdoor.cli._outcome import Command, refusing, say
+from sklearn_backdoor.cli._search import (
+    check_outputs,
+    make_guard,
+    report_search,
+    search,
+)
 
 
 @click.command(cls=Command)
@@ -32,6 +38,7 @@ from sklearn_backdoor.cli._outcome import Command, refusing, resumable, say
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False), help="All figures."
 )
+@report_option
 def scan(**options):
     """Look for a backdoor in a suspect network, by clean images.
 
@@ -47,6 +54,10 @@ def scan(**options):
     Examples:
       python -m sklearn_backdoor scan --architecture resnet18 \\
           --weights suspect.safetensors --images clean/ --image-size 32x32
+      python -m sklearn_backdoor scan --architecture torchvision:resnet50 \\
+          --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 \\
+          --weights suspect.pt --images clean/ --image-size 224 \\
+          --checkpoint-dir search --report report.html
       python -m sklearn_backdoor scan --architecture my_nets:LeNet \\
           --weights suspect.safetensors --dataset mnist --data-dir data \\
           --checkpoint-dir search --json verdict.json
@@ -55,62 +66,22 @@ def scan(**options):
 
     check_options(options)
     with refusing():
-        picture, json_file = _outputs(options)
+        picture = _picture(options)
+        json_file = as_path(options["json_file"])
+        check_outputs(options, picture, json_file)
         found = search(options)
     say(screen(found))
     with refusing(OSError):
         _write(found, picture, json_file)
+    if options["report"]:
+        with refusing():
+            report_search(options, found, make_guard(found))
     click.get_current_context().exit(found.status)
 
 
-def _outputs(options):
-    """Return the files to write; find out before the search that they can be."""
+def _picture(options):
     stem = re.sub(r"[^\w.-]", "-", Path(options["weights"]).stem)[:80]
-    picture = Path(options["out"]) / f"{stem}.png"
-    json_file = Path(options["json_file"]) if options["json_file"] else None
-    check_writable(picture, json_file, inputs=[options["weights"]])
-    if options["checkpoint_dir"]:
-        check_folder(options["checkpoint_dir"])
-    return picture, json_file
-
-
-def search(options):
-    """Load what the options name, and search a trigger for each class.
-
-    Parameters
-    ----------
-    options : dict
-        Of `network_options`, `image_options` and `search_options`.
-
-    Returns
-    -------
-    Scan
-    """
-    from sklearn_backdoor.scan import run_scan
-
-    clean = load_clean(options)
-    network, digest = load_suspect(options, clean.X.shape[1:])
-    say(f"search a trigger for each of {len(clean.classes)} classes", err=True)
-    with resumable(options["checkpoint_dir"]):
-        found = run_scan(
-            network,
-            clean.X,
-            clean.y,
-            clean.classes,
-            method=options["method"],
-            seed=options["seed"],
-            jobs=options["jobs"],
-            checkpoint_dir=options["checkpoint_dir"],
-            verbose=True,
-        )
-    found.notes = clean.notes + found.notes
-    skipped = ("out", "json_file")
-    found.settings = {
-        **{name: value for name, value in options.items() if name not in skipped},
-        "data_source": clean.source,
-        "weights_sha256": digest,
-    }
-    return found
+    return Path(options["out"]) / f"{stem}.png"
 
 
 def _write(found, picture, json_file):
