@@ -115,7 +115,7 @@ def screen(guard, tally):
         said, source = (
             printable(row[name], 12) for name in ("victim_label", "source_class")
         )
-        score, name = row["score"], printable(row["file"], None)
+        name = printable(row["file"], None)
         name = name if len(name) <= 60 else f"…{name[-59:]}"
         lines.append(f"  ! {said:<14}{source:<14}{row['score']:>11,.1f}  {name}")
     n_more = counts["trigger"] - len(tally.flagged)
