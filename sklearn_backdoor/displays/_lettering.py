@@ -85,24 +85,27 @@ def width(text, size, weight="normal"):
     -------
     float
     """
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import text_to_path
+    return sum(_advance(char, weight) for char in text) * size / 72
 
-    font = FontProperties(family=FONT, size=size, weight=weight)
-    points, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
-    return points / 72
+
+@cache
+def _advance(char, weight):
+    """Return how far a character moves the pen, in units of the font's size."""
+    font = _font(weight)
+    font.set_size(100, 72)
+    return font.load_char(ord(char)).linearHoriAdvance / 65536 / 100
 
 
 @cache
 def _glyphs():
+    return set(_font("normal").get_charmap()) & set(_font("bold").get_charmap())
+
+
+def _font(weight):
     from matplotlib import font_manager
 
-    known = None
-    for weight in ("normal", "bold"):
-        found = font_manager.FontProperties(family=FONT, weight=weight)
-        own = set(font_manager.get_font(font_manager.findfont(found)).get_charmap())
-        known = own if known is None else known & own
-    return known
+    found = font_manager.FontProperties(family=FONT, weight=weight)
+    return font_manager.get_font(font_manager.findfont(found))
 
 
 def short(value):

@@ -177,6 +177,7 @@ class LikelihoodRatioDisplay:
         if self.n_others:
             xlabel += f"; {self.n_others} images with other labels not judged"
         ylabel = "images" if self.y_true is None else "% of the images"
+        ax.xaxis.set_major_formatter("{x:g}")  # no power of ten for all ticks
         ax.yaxis.get_major_locator().set_params(integer=self.y_true is None)
         dress(ax, sizes, title=title, xlabel=xlabel, ylabel=ylabel)
         return self
@@ -209,7 +210,8 @@ def _range(groups, inches, size):
             near = group[(group >= first - fence) & (group <= third + fence)]
             low, high = min(low, near.min()), max(high, near.max())
     least = min(width("accepted  ", size) / inches, 0.4) + 0.02
-    room = least / (1 - least) * max(high, -low, 1e-9)
+    farthest = max(high, -low)
+    room = least / (1 - least) * (farthest if farthest > 1e-6 else 1)
     return min(low, -room), max(high, room)
 
 

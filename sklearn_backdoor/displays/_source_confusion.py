@@ -148,8 +148,8 @@ class SourceConfusionDisplay:
             for label in np.asarray(labels).tolist()
             if label == target or np.any(y_true == label) or np.any(y_pred == label)
         ]
-        counts = np.zeros((len(seen), len(seen)), dtype=int)
-        if len(y_true):
+        counts = np.full((len(seen), len(seen)), len(y_true))
+        if len(seen) > 1:  # scikit-learn warns of a single class, fails on no image
             counts = confusion_matrix(y_true, y_pred, labels=seen)
         return cls(confusion=counts, labels=seen, target_class=target, rates=rates)
 
