@@ -176,11 +176,12 @@ def defence_charts(guard, defence, check, X_check):
         checked["Z_check"] = guard.victim_.transform(X_check[few])
         checked["is_trigger"] = check.table["is_trigger"].to_numpy()[few]
         origins = None if check.origins is None else check.origins[rows]
-        scores = _histogram(seen["trigger_score"].to_numpy(), origins, target)
+        found, n_others = seen["trigger_score"].to_numpy(), len(check.table) - len(rows)
+        scores = _histogram(found, origins, target, n_others)
         if origins is not None:
             known = _confusion(origins, seen["label"].to_numpy(), target, labels)
     return Charts(
-        _histogram(defence.scores[sent], defence.y[sent], target),
+        _histogram(defence.scores[sent], defence.y[sent], target, int(np.sum(~sent))),
         scores,
         chart_uri(features, height=4.6),
         _confusion(defence.y[sent], defence.labels[sent], target, labels),
@@ -188,13 +189,11 @@ def defence_charts(guard, defence, check, X_check):
     )
 
 
-def _histogram(scores, origins, target):
-    def draw(ax):
-        LikelihoodRatioDisplay.from_predictions(
-            scores, origins, target_class=target, ax=ax
-        )
-
-    return chart_uri(draw)
+def _histogram(scores, origins, target, n_others):
+    display = LikelihoodRatioDisplay(
+        trigger_score=scores, y_true=origins, target_class=target, n_others=n_others
+    )
+    return chart_uri(display.plot)
 
 
 def _confusion(y_true, y_pred, target, labels):

@@ -1,6 +1,7 @@
 """A report on a network and its guard: one offline HTML file to show to others."""
 
 import os
+import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from sklearn_backdoor.reverse import SearchRecord
 from sklearn_backdoor.reverse._anomaly import MIN_INFORMATIVE
 from sklearn_backdoor.reverse._rule import rule_of
 
-_N_CARDS, _N_TARGETS, _N_FLAGGED = 24, 3, 36  # shown at most
+_N_CARDS, _N_TARGETS, _N_FLAGGED = 24, 3, 28  # shown at most
+_PILE = 3  # accents on one letter
 
 
 def write_report(
@@ -252,12 +254,21 @@ def _environment():
 
 def _plain(text):
     """Make untrusted text printable; Jinja escapes it."""
-    return printable(text, 120)
+    return _calm(printable(text, 120))
+
+
+def _calm(text):
+    """Escape piles of accents, which would paint over the lines above and below."""
+    calm, pile = "", 0
+    for char in text:
+        pile = pile + 1 if unicodedata.category(char)[0] == "M" else 0
+        calm += char if pile <= _PILE else char.encode("unicode_escape").decode()
+    return calm
 
 
 def _long(text):
     """Return a whole value of the provenance."""
-    return printable(text, None)
+    return _calm(printable(text, None))
 
 
 def _name(text):

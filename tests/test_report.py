@@ -356,7 +356,8 @@ def test_flagged_images_are_those_of_inspect_the_highest_score_first(guard, full
             wanted.append(
                 (
                     -row["trigger_score"],
-                    f"{name} network says {row['victim_label']} really {row['label']} "
+                    f"{name} network says {row['victim_label']} "
+                    f"probably {row['label']} "
                     f"(known: {origin}) score {number(row['trigger_score'])}",
                 )
             )
@@ -454,6 +455,18 @@ def test_provenance_is_merged_and_told(guard, images):
     passes = guard.engineer_.n_image_passes_
     assert facts["images forward"] == f"{passes.forward:,}"
     assert page.tables["counts"][1:] == [[str(k), "8"] for k in range(6)]
+
+
+def test_labels_that_do_not_fit_the_network_are_warned_of(given, images):
+    X, y = images
+    page = page_of(given, (X, (y + 1) % 6))
+    assert "The network is right on only 0.0% of the clean images" in page.text
+
+
+def test_piles_of_accents_do_not_paint_over_other_lines(given, images):
+    page = page_of(given, images, provenance={"é": "e\u0301" + 20 * "\u0489" + "x"})
+    facts = dict(row for row in page.tables[None] if len(row) == 2)
+    assert facts["é"] == "e\u0301\u0489\u0489" + 18 * "\\u0489" + "x"
 
 
 @pytest.mark.parametrize(
