@@ -33,7 +33,6 @@ LEVELS = {
     "networks": 0,
     "_text": 0,
     "io": 1,
-    "_weights": 2,
     "_image_files": 0,
     "_scan_input": 2,
     "datasets": 1,

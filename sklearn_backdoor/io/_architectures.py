@@ -69,7 +69,7 @@ def find_architecture(name):
     known = {*OURS, *(f"torchvision:{one}" for one in _torchvision_names())}
     full = f"torchvision:{name}"
     close = _close(full if full in known else name, known) or _close(full, known)
-    raise ValueError(f"architecture {printable(name)!r}, {_EXPECTED}.{close}")
+    raise ValueError(f"architecture '{printable(name)}', {_EXPECTED}.{close}")
 
 
 def _check_library(library, short):
@@ -77,8 +77,8 @@ def _check_library(library, short):
     close = difflib.get_close_matches(library, ("torchvision", "timm"), cutoff=0.8)
     if close and importlib.util.find_spec(library) is None:
         raise ValueError(
-            f"architecture {printable(f'{library}:{short}')!r}, {_EXPECTED}. Did you "
-            f"mean {close[0]}:{printable(short)}?"
+            f"architecture '{printable(library)}:{printable(short)}', {_EXPECTED}. Did "
+            f"you mean {close[0]}:{printable(short)}?"
         )
 
 
@@ -87,7 +87,7 @@ def _check_name(name, names, library):
     if name not in known:
         close = _close(name, known) or f" {library} has {len(known)} of them."
         raise ValueError(
-            f"architecture {printable(name)!r} is none of {library}'s "
+            f"architecture '{printable(name)}' is none of {library}'s "
             f"classifiers.{close}"
         )
 

@@ -171,10 +171,10 @@ def _check_names(entries, path):
 
 
 def _name_others(names, path):
+    """Refuse another kind of file by what it is, where a name gives it away."""
+    unknown = [name for name in names if not _KNOWN.fullmatch(name.partition("/")[2])]
     for pattern, what in _OTHERS.items():
-        if any(re.fullmatch(pattern, name, re.DOTALL) for name in names) and not all(
-            _KNOWN.fullmatch(name.partition("/")[2]) for name in names
-        ):
+        if any(re.fullmatch(pattern, name, re.DOTALL) for name in unknown):
             raise refused(path, f"{what}, whatever its name")
 
 

@@ -184,6 +184,12 @@ def _check_normalisation(mean, std):
                 f"{'and above 0 ' if name == 'std' else ''}since pixels are in 0...1. "
                 "Divide what is meant for pixels in 0...255 by 255."
             )
+    n_means, n_stds = (torch.as_tensor(value).numel() for value in (mean, std))
+    if n_means != n_stds and 1 not in (n_means, n_stds):
+        raise ValueError(
+            f"mean and std have {n_means} and {n_stds} numbers, expected one each, or "
+            "one a channel."
+        )
     return {"mean": mean, "std": std}
 
 

@@ -23,6 +23,7 @@ _MAGIC = {
     b"7z\xbc\xaf": "is a 7-Zip file",
     b"Rar!": "is a RAR file",
     b"x\x01": "is a zlib stream, as joblib writes (a pickle inside)",
+    b"x^": "is a zlib stream, as joblib writes (a pickle inside)",
     b"x\x9c": "is a zlib stream, as joblib writes (a pickle inside)",
     b"x\xda": "is a zlib stream, as joblib writes (a pickle inside)",
     b"]\x00\x00": "is an LZMA stream, as joblib writes (a pickle inside)",

@@ -71,8 +71,9 @@ def load_network(
         network, bare = plan.build(weights.entries, path)
         tensors = _read(weights.path, state_of(bare), path)
     bare.load_state_dict(tensors, strict=False)  # compared before
-    for note in weights.notes:
-        warnings.warn(f"{printable(path, None)}: {note}", UserWarning, stacklevel=2)
+    if weights.notes:
+        said = f"{printable(path, None)}: {'; '.join(weights.notes)}."
+        warnings.warn(said, UserWarning, stacklevel=2)
     return network.eval()
 
 

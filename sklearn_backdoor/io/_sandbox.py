@@ -140,7 +140,7 @@ def _stopped(path, why):
 def _notes(about):
     notes = []
     if about["wrapper"] is not None:
-        notes.append(f"the weights are those under {printable(about['wrapper'])!r}")
+        notes.append(f"the weights are those under '{printable(about['wrapper'])}'")
     for key, what in (
         ("ignored", "entries that are no weights were left out"),
         ("tied", "tensors that share memory with others were written on their own"),

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from sklearn_backdoor.io._errors import UnsafeFileError
 from sklearn_backdoor.io._files import (
     check_unchanged,
     kind_of,
@@ -48,13 +49,17 @@ def open_weights(path):
     """
     with open_file(path) as file:
         before = signature(file)
-        if kind_of(file, path) == "safetensors":
-            yield WeightsFile(Path(path), read_header(file, before[2], path), [])
-        else:
-            with tempfile.TemporaryDirectory(prefix="sklearn-backdoor-") as folder:
-                out = Path(folder) / "weights.safetensors"
-                notes = to_safetensors(file, path, out)
-                yield WeightsFile(out, header_of(out, path), notes)
+        try:
+            if kind_of(file, path) == "safetensors":
+                yield WeightsFile(Path(path), read_header(file, before[2], path), [])
+            else:
+                with tempfile.TemporaryDirectory(prefix="sklearn-backdoor-") as folder:
+                    out = Path(folder) / "weights.safetensors"
+                    notes = to_safetensors(file, path, out)
+                    yield WeightsFile(out, header_of(out, path), notes)
+        except UnsafeFileError:
+            check_unchanged(file, before, path)  # then that is why
+            raise
         check_unchanged(file, before, path)
 
 
