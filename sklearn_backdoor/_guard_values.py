@@ -148,10 +148,12 @@ class Packer:
                 f"{path.replace('/', ', ')} has dtype {array.dtype}, which a guard's "
                 "files cannot hold. Use float64, integers or strings."
             )
-        array = array.copy(order="K")  # the layout decides how BLAS rounds
+        # the layout is kept, since it decides how products are rounded
+        flip = [axis for axis, stride in enumerate(array.strides) if stride < 0]
+        array = np.flip(array, flip).copy(order="K")
         fortran = array.ndim > 1 and not array.flags.c_contiguous
         self.arrays[path] = np.array(array.T if fortran else array, order="C")
-        return {"array": path, "order": "F" if fortran else "C"}
+        return {"array": path, "order": "F" if fortran else "C", "flip": flip}
 
     def labels(self, array, path):
         """Return labels, or other short arrays, such that they can be read."""
@@ -222,7 +224,8 @@ class Unpacker:
         if name not in self.arrays:
             raise damaged(f"the array {printable(name, 100)} does not exist")
         array = np.array(self.arrays[name])  # a copy: two steps may not share one
-        return array.T if take(plain, "order", str) == "F" else array
+        array = array.T if take(plain, "order", str) == "F" else array
+        return np.flip(array, take(plain, "flip", list))
 
     def _list(self, plain):
         return [self(item) for item in take(plain, "list", list)]
