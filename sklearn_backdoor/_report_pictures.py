@@ -2,6 +2,7 @@
 
 import base64
 import io
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from sklearn_backdoor.displays._style import pixels
 _DPI = 150
 _SIDE, _SMALL_SIDE = 128, 96  # pixels; larger pictures are shrunk
 _N_TRIED = 64  # clean images, to find one that the trigger moves
-_N_POINTS = 500  # checked images in feature space
+N_POINTS = 500  # checked images in feature space
 
 
 class Card(NamedTuple):
@@ -172,7 +173,7 @@ def defence_charts(guard, defence, check, X_check):
     checked, scores, known = {}, None, None
     if check is not None and len(rows := check.rows_sent(target)):
         seen = check.table.iloc[rows]
-        few = _spread(rows, _N_POINTS)
+        few = _spread(rows, N_POINTS)
         checked["Z_check"] = guard.victim_.transform(X_check[few])
         checked["is_trigger"] = check.table["is_trigger"].to_numpy()[few]
         origins = None if check.origins is None else check.origins[rows]
@@ -193,7 +194,7 @@ def _histogram(scores, origins, target, n_others):
     display = LikelihoodRatioDisplay(
         trigger_score=scores, y_true=origins, target_class=target, n_others=n_others
     )
-    return chart_uri(display.plot)
+    return chart_uri(partial(display.plot, title="Clean or triggered?"))
 
 
 def _confusion(y_true, y_pred, target, labels):

@@ -12,6 +12,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_backdoor._report_guard import check_images_by, judge_defence
 from sklearn_backdoor._report_pictures import (
+    N_POINTS,
     defence_charts,
     flagged_images,
     search_chart,
@@ -171,6 +172,7 @@ def _about_guard(guard, X, y, X_check, names, y_check):
     defences = [judge_defence(guard, one, X, y) for one in targets[:_N_TARGETS]]
     return {
         "targets": targets,
+        "n_points": N_POINTS,
         "check": check,
         "n_sent": 0 if check is None else sum(len(check.rows_sent(t)) for t in targets),
         "defences": [
