@@ -1,33 +1,40 @@
 """A network opened for inspection: logits and features from one pass."""
 
-import threading
-from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from skorch import NeuralNetClassifier
 from torch import nn
 
+from sklearn_backdoor._exclusive import evaluation_mode
+from sklearn_backdoor._torch import to_tensor
+
 _TINY = torch.finfo(torch.float32).tiny
-_locks: WeakKeyDictionary = WeakKeyDictionary()
-_registry_lock = threading.Lock()
 
 
-@contextmanager
-def evaluation_mode(network):
-    """Hold the network in evaluation mode, one thread at a time; then as before."""
-    with _registry_lock:
-        lock = _locks.setdefault(network, threading.RLock())
-    with lock:
-        modes = [(module, module.training) for module in network.modules()]
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
+def module_of(net):
+    """Return the trained module itself.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If ``net`` is neither a module nor a fitted skorch net.
+    """
+    if isinstance(net, nn.Module):
+        return net
+    if hasattr(net, "module") and hasattr(net, "initialize"):  # a skorch net
+        if not getattr(net, "initialized_", False):
+            raise ValueError(
+                f"the skorch net {type(net).__name__} was never fitted, so it has no "
+                "weights to inspect. Fit it (or load its parameters) first."
+            )
+        return net.module_
+    raise TypeError(
+        f"net has type {type(net).__name__}, expected a trained torch.nn.Module or a "
+        "fitted skorch net. A class or a file name is not enough: build the network "
+        "and load its weights."
+    )
 
 
 def device_of(network):
@@ -132,6 +139,11 @@ class InspectionNet(NeuralNetClassifier):
     def initialize_optimizer(self, *args, **kwargs):
         """Make no optimizer: the victim is evidence."""
         return self
+
+    def evaluation_step(self, batch, training=False):
+        """Run one batch in evaluation mode, one thread at a time; then as before."""
+        with evaluation_mode(self.module_):
+            return super().evaluation_step(batch, training=False)
 
     def partial_fit(self, *args, **kwargs):
         """Refuse to train.
@@ -260,3 +272,55 @@ def _match(calls, returned):
             ):
                 return name, relation
     return None, None
+
+
+def probe(X, key, victim):
+    """Find logits and features; ``key`` is what the cache goes by."""
+    network = module_of(victim.net)
+    images = to_tensor(X, device_of(network))
+    # no_grad: a tensor that a network keeps from inference_mode could never be
+    # differentiated through afterwards
+    with evaluation_mode(network), torch.no_grad():
+        try:
+            return open_network(network, victim.feature_layer, images)
+        except RuntimeError as error:
+            dtypes = {str(p.dtype) for p in network.parameters()} - {"torch.float32"}
+            remedy = (
+                f"Its weights are {', '.join(sorted(dtypes))}: call .float() on it."
+                if dtypes
+                else "Give it the image size and channels that it was made for."
+            )
+            raise ValueError(
+                f"the network cannot process float32 images of shape {X.shape[1:]}: "
+                f"{error}. {remedy}"
+            ) from error
+
+
+def forward_pass(X, key, victim):
+    """Return logits and features, float32; ``key`` is what the cache goes by."""
+    if len(X) == 0:
+        n_features = victim._n_features_out
+        return np.empty((0, len(victim.classes_))), np.empty((0, n_features))
+    batches = [
+        (logits.float().cpu().numpy(), features.float().cpu().numpy())
+        for logits, features in victim.net_.forward_iter(X)
+    ]
+    logits, features = (np.concatenate(part) for part in zip(*batches, strict=True))
+    return logits, features
+
+
+def check_finite(logits, features, first):
+    """Refuse answers that are no numbers, for images from number ``first`` on.
+
+    Raises
+    ------
+    ValueError
+        If a logit is NaN, or a feature NaN or infinite.
+    """
+    bad = np.isnan(logits).any(axis=1) | ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        raise ValueError(
+            f"the network returned NaN or infinity for {bad.sum()} of {len(logits)} "
+            f"images, first for image {first + np.flatnonzero(bad)[0]}. Its weights "
+            "are damaged, or it overflows in half precision: use float32."
+        )

@@ -11,7 +11,9 @@ from sklearn.utils import check_array
 _CHUNK = 4096  # images looked at together, so that a memory map is never read whole
 
 
-def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X"):
+def check_images(
+    X, *, image_shape=None, ndim=None, allow_empty=False, pixels=True, name="X"
+):
     """Validate images without copying them.
 
     Parameters
@@ -25,6 +27,9 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
         Required number of dimensions (4 for a network).
     allow_empty : bool, default=False
         Whether zero images pass.
+    pixels : bool, default=True
+        Whether to look at every pixel; False leaves `check_pixels` to a caller that
+        goes through the images in parts.
     name : str, default="X"
         What the messages call the array.
 
@@ -58,7 +63,9 @@ def check_images(X, *, image_shape=None, ndim=None, allow_empty=False, name="X")
         raise ValueError(
             f"{name} has shape {X.shape} and holds no image: give at least one."
         )
-    _check_range(X, name)
+    _check_dtype(X, name)
+    if pixels:
+        check_pixels(X, name)
     return X
 
 
@@ -81,14 +88,31 @@ def _check_shape(X, image_shape, name, images=False):
         )
 
 
-def _check_range(X, name):
-    if X.dtype == np.uint8:
-        return
-    if X.dtype.kind != "f":
+def _check_dtype(X, name):
+    if X.dtype != np.uint8 and X.dtype.kind != "f":
         raise TypeError(
             f"{name} has dtype {X.dtype}, expected uint8 (0 to 255) or floating point "
             "(0 to 1). Convert it: X.astype('uint8') or X.astype('float32') / 255."
         )
+
+
+def check_pixels(X, name="X"):
+    """Refuse floating point images with pixels outside 0...1.
+
+    Parameters
+    ----------
+    X : ndarray of shape (n_samples, *image_shape)
+        ``uint8``, which cannot be wrong, or floating point.
+    name : str, default="X"
+        What the messages call the array.
+
+    Raises
+    ------
+    ValueError
+        If one is NaN, infinite, below 0 or above 1.
+    """
+    if X.dtype == np.uint8:
+        return
     for start in range(0, len(X), _CHUNK):
         chunk = X[start : start + _CHUNK]
         low, high = chunk.min(), chunk.max()

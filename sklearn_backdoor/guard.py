@@ -4,30 +4,34 @@ import numpy as np
 import pandas as pd
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.mixture import GaussianMixture
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_backdoor._defender import default_classifier, fit_defender, origin_scores
+from sklearn_backdoor._guard_files import GuardFilesMixin
+from sklearn_backdoor._guard_module import GuardModuleMixin
+from sklearn_backdoor._stream import gather
 from sklearn_backdoor._validation import (
     check_images,
     check_labels,
     check_number,
     check_target_class,
 )
-from sklearn_backdoor.classifier import (
-    BackdoorTriggerClassifier,
-    log_ratio,
-    seeded_clone,
-)
+from sklearn_backdoor.classifier import log_ratio, seeded_clone
 from sklearn_backdoor.embedding import check_engineer
-from sklearn_backdoor.reverse import AutoReverseEngineer
+from sklearn_backdoor.reverse import AutoReverseEngineer, SearchRecord
 from sklearn_backdoor.triggers import Trigger
 from sklearn_backdoor.victim import check_victim
 
+__all__ = ["BackdoorGuard", "default_classifier"]
 
-class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
+
+class BackdoorGuard(
+    GuardFilesMixin,
+    GuardModuleMixin,
+    MetaEstimatorMixin,
+    ClassifierMixin,
+    BaseEstimator,
+):
     """Guard a victim in flight: accept its labels, or infer the source class.
 
     ``fit`` finds the target class and its trigger (or takes them), embeds the trigger
@@ -35,16 +39,17 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
     victim's features. For an image that the victim sends to the target class,
     ``predict`` then gives the target (accepted), or the class that the triggered image
     really belongs to; labels of all other images pass. Where no class is flagged, every
-    label passes: see ``verdict_``.
+    label passes: see ``verdict_``. A memory-mapped array of any length is gone through
+    in parts, and threads may share a guard.
 
     Parameters
     ----------
     victim : VictimNetwork
         Cloned; the weights are shared and not altered.
-    trigger : Trigger, reverse engineer or None, default=None
+    trigger : Trigger, reverse engineer, SearchRecord or None, default=None
         A trigger value needs ``target_class``; a reverse engineer is cloned and
-        fitted. None takes ``AutoReverseEngineer(victim)``: patches and additive
-        perturbations.
+        fitted; the record of a search stands for it. None takes
+        ``AutoReverseEngineer(victim)``: patches and additive perturbations.
     classifier : estimator or None, default=None
         From features to the class of origin; cloned once a target class. None takes
         `default_classifier`: ``StandardScaler``, ``LinearDiscriminantAnalysis`` as a
@@ -67,7 +72,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         Fitted.
     classes_ : ndarray of shape (n_classes,)
         The victim's labels, in logit order.
-    engineer_ : reverse engineer or None
+    engineer_ : reverse engineer, SearchRecord or None
         Fitted; None where a trigger was given.
     verdict_ : {"backdoored", "nothing found", "inconclusive"}
         The reverse engineer's; "backdoored" where the trigger or the target was given.
@@ -79,6 +84,8 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         One a defended class.
     classifiers_ : dict from label to estimator
         One a defended class, fitted.
+    n_images_ : int
+        Images in D_Defense.
 
     References
     ----------
@@ -140,6 +147,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         self.verdict_ = verdict
         self.triggers_ = triggers
         self.classifiers_ = classifiers
+        self.n_images_ = len(X)
         self.target_classes_ = np.array(list(triggers), dtype=self.classes_.dtype)
         self.target_class_ = self.target_classes_[0] if triggers else None
         return self
@@ -155,11 +163,12 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
                     "trigger leads to, or leave trigger out to search for both."
                 )
             return None, "backdoored", {self.target_class: self.trigger}
-        if self.trigger is None:
-            engineer = AutoReverseEngineer(self.victim, random_state=self.random_state)
-        else:
-            engineer = check_engineer(self.trigger)
-        engineer = seeded_clone(engineer, self.random_state).fit(X, y)
+        engineer = self._search(X, y)
+        if np.asarray(engineer.classes_).tolist() != classes.tolist():
+            raise ValueError(
+                f"trigger is a search over the classes {engineer.classes_.tolist()}, "
+                f"but the victim's are {classes.tolist()}. Search with this victim."
+            )
         estimates = {
             label: trigger.scaled(self.strength)
             for label, trigger in zip(classes.tolist(), engineer.triggers_, strict=True)
@@ -170,38 +179,23 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             targets, verdict = engineer.target_classes_.tolist(), engineer.verdict_
         return engineer, verdict, {target: estimates[target] for target in targets}
 
+    def _search(self, X, y):
+        """Return a finished search: the record given, or a fitted engineer."""
+        engineer = self.trigger
+        if isinstance(engineer, SearchRecord):
+            return engineer
+        if engineer is None:
+            engineer = AutoReverseEngineer(self.victim, random_state=self.random_state)
+        engineer = check_engineer(engineer)
+        return seeded_clone(engineer, self.random_state).fit(X, y)
+
     def _fit_classifier(self, victim, X, y, trigger, target):
         # §4.2: D~_c = g(D_c, Δ^) for c != t; clean D_t; features; one density a class
         sources = y != target
         embedded = X.copy()
         embedded[sources] = trigger.embed(X[sources])
         Z = victim.transform(embedded)
-        for label in victim.classes_.tolist():
-            if np.all(np.ptp(Z[y == label], axis=0) == 0):
-                raise ValueError(
-                    f"all images of class {label} have identical features: the images "
-                    f"are identical, or the trigger for target class {target} covers "
-                    "them. The defence needs at least three different images a class."
-                )
-        classifier = self.classifier
-        if classifier is None:
-            classifier = default_classifier(np.unique(y, return_counts=True)[1].min())
-        classifier = seeded_clone(classifier, self.random_state)
-        last = classifier[-1] if isinstance(classifier, Pipeline) else classifier
-        if not (hasattr(last, "log_likelihood") or hasattr(last, "predict_proba")):
-            raise TypeError(
-                f"classifier ends in {type(last).__name__}, expected one with "
-                "log_likelihood or predict_proba, such as BackdoorTriggerClassifier."
-            )
-        try:
-            return classifier.fit(Z, y)
-        except np.linalg.LinAlgError as error:
-            raise ValueError(
-                f"the discriminant step cannot separate the features for target class "
-                f"{target} ({error}): it needs at least three different images a "
-                "class. Add images, or give a classifier without "
-                "LinearDiscriminantAnalysis."
-            ) from error
+        return fit_defender(self.classifier, Z, y, target, self.random_state)
 
     def predict(self, X):
         """Return accepted labels or inferred source classes, in one forward pass.
@@ -217,8 +211,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             The victim's label where it is no target class, or is accepted; else the
             inferred source class.
         """
-        labels, Z = self._look(X)
-        return self._origins(labels, Z)
+        return self._answer(X, self._origins)[0]
 
     def trigger_score(self, X):
         """Return max over c != t of log L_c - log L_t; above 0 means trigger.
@@ -235,8 +228,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             a target class; for other images it goes by ``target_class_``. 0 everywhere
             if no class is defended.
         """
-        labels, Z = self._look(X)
-        return self._trigger_score(labels, Z)
+        return self._answer(X, self._trigger_score)[0]
 
     def is_trigger(self, X):
         """Return which images carry the trigger: the victim says t, its density not.
@@ -250,8 +242,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         -------
         ndarray of bool, shape (n_samples,)
         """
-        labels, Z = self._look(X)
-        return self._origins(labels, Z) != labels
+        return self._answer(X, lambda labels, Z: self._origins(labels, Z) != labels)[0]
 
     def predict_proba(self, X):
         """Return the probability of each class of origin.
@@ -267,11 +258,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             In the order of ``classes_``: the classifier's under equal priors where the
             victim says a target class, else 1 for the victim's label.
         """
-        labels, Z = self._look(X)
-        proba = (labels[:, None] == self.classes_).astype(np.float64)
-        for target, rows, scores in self._judge(labels, Z):
-            proba[rows] = softmax(self._by_victim(scores, target), axis=1)
-        return proba
+        return self._answer(X, self._proba)[0]
 
     def inspect(self, X):
         """Return all that there is to say about each image.
@@ -288,25 +275,34 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             ``trigger_score``, then ``log_likelihood_<class>``, NaN where the victim
             does not say a target class.
         """
-        labels, Z = self._look(X)
-        origins = self._origins(labels, Z)
-        likelihoods = np.full((len(labels), len(self.classes_)), np.nan)
-        for target, rows, scores in self._judge(labels, Z):
-            likelihoods[rows] = self._by_victim(scores, target)
+        labels, origins, scores, likelihoods = self._answer(
+            X,
+            lambda labels, _: labels,
+            self._origins,
+            self._trigger_score,
+            self._likelihoods,
+        )
         table = pd.DataFrame(
             {
                 "victim_label": labels,
                 "is_trigger": origins != labels,
                 "label": origins,
-                "trigger_score": self._trigger_score(labels, Z),
+                "trigger_score": scores,
             }
         )
         names = [f"log_likelihood_{label}" for label in self.classes_]
         return table.join(pd.DataFrame(likelihoods, columns=names))
 
-    def _look(self, X):
+    def _answer(self, X, *questions):
+        """Return an array for each function of labels and features, in one pass."""
         check_is_fitted(self)
-        return self.victim_.predict_and_transform(X)
+        shape = self.victim_.image_shape_
+        X = check_images(X, image_shape=shape, ndim=4, allow_empty=True, pixels=False)
+        answers = (
+            (rows, [question(labels, Z) for question in questions])
+            for rows, labels, Z in self.victim_.stream(X)
+        )
+        return gather(len(X), answers)
 
     def _origins(self, labels, Z):
         """Return accepted labels or inferred source classes."""
@@ -321,7 +317,19 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         for target, classifier in self.classifiers_.items():
             rows = np.flatnonzero(labels == target)
             if len(rows):
-                yield target, rows, _origin_scores(classifier, Z[rows])
+                yield target, rows, origin_scores(classifier, Z[rows])
+
+    def _proba(self, labels, Z):
+        proba = (labels[:, None] == self.classes_).astype(np.float64)
+        for target, rows, scores in self._judge(labels, Z):
+            proba[rows] = softmax(self._by_victim(scores, target), axis=1)
+        return proba
+
+    def _likelihoods(self, labels, Z):
+        likelihoods = np.full((len(labels), len(self.classes_)), np.nan)
+        for target, rows, scores in self._judge(labels, Z):
+            likelihoods[rows] = self._by_victim(scores, target)
+        return likelihoods
 
     def _trigger_score(self, labels, Z):
         score = np.zeros(len(labels))
@@ -330,7 +338,7 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
             if target == self.target_class_:
                 rows = ~np.isin(labels, self.target_classes_) | rows
             if rows.any():
-                scores = _origin_scores(classifier, Z[rows])
+                scores = origin_scores(classifier, Z[rows])
                 score[rows] = log_ratio(scores, classifier.classes_, target)
         return score
 
@@ -343,45 +351,3 @@ class BackdoorGuard(MetaEstimatorMixin, ClassifierMixin, BaseEstimator):
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array = False
         return tags
-
-
-def default_classifier(n_per_class=100):
-    """Make the guard's own classifier: discriminant features, then the densities.
-
-    Parameters
-    ----------
-    n_per_class : int, default=100
-        Images of the rarest class in D_Defense.
-
-    Returns
-    -------
-    Pipeline
-        Unfitted; a place to start a grid search from.
-
-    Notes
-    -----
-    Settings by cross-validated log-loss on D_Defense (``python -m benchmarks settings``
-    and ``levers``): full covariances in the few discriminant directions are better than
-    `BackdoorTriggerClassifier`'s own diagonal ones, which hold up on raw features. With
-    few images the directions fit these too well, so that densities have to be wider:
-    ``reg_covar`` is 10 below 20 images a class, 3 below 100, else 1.
-    """
-    reg_covar = 1.0 if n_per_class >= 100 else 3.0 if n_per_class >= 20 else 10.0
-    density = GaussianMixture(3, covariance_type="full", reg_covar=reg_covar)
-    return make_pipeline(
-        StandardScaler(),
-        LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto"),
-        BackdoorTriggerClassifier(density),
-    )
-
-
-def _origin_scores(classifier, Z):
-    """Return a log-likelihood (or log-probability) a class; finite."""
-    last = classifier
-    if isinstance(classifier, Pipeline):
-        *_, (_, last) = classifier.steps
-        if len(classifier.steps) > 1:
-            Z = classifier[:-1].transform(Z)
-    if hasattr(last, "log_likelihood"):
-        return last.log_likelihood(Z)
-    return np.log(np.maximum(last.predict_proba(Z), np.finfo(np.float64).tiny))

@@ -5,7 +5,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from sklearn_backdoor._forward import device_of, evaluation_mode, layer_names
+from sklearn_backdoor._exclusive import evaluation_mode
+from sklearn_backdoor._forward import device_of, layer_names
 from sklearn_backdoor._torch import torch_generator
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.triggers import PatchTrigger, square_mask

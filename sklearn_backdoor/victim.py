@@ -16,16 +16,25 @@ from sklearn.base import (
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
+from sklearn_backdoor._exclusive import evaluation_mode, exclusive, snapshot
 from sklearn_backdoor._fingerprint import fingerprint
 from sklearn_backdoor._forward import (
     InspectionNet,
     LogitsAndFeatures,
+    check_finite,
     device_of,
-    evaluation_mode,
-    open_network,
+    forward_pass,
+    module_of,
+    probe,
 )
-from sklearn_backdoor._torch import SliceLoader, to_tensor
-from sklearn_backdoor._validation import check_images, check_labels, check_number
+from sklearn_backdoor._stream import gather, parts
+from sklearn_backdoor._torch import SliceLoader
+from sklearn_backdoor._validation import (
+    check_images,
+    check_labels,
+    check_number,
+    check_pixels,
+)
 
 
 class VictimNetwork(
@@ -53,7 +62,8 @@ class VictimNetwork(
         Images a forward pass.
     memory : str, path-like or joblib.Memory, default=None
         Caches forward passes by the content of network, settings and images, for all
-        processes that use this folder.
+        processes that use this folder. What is cached is a call, so that its features
+        are in memory as a whole; without, memory does not grow with the images.
 
     Attributes
     ----------
@@ -114,8 +124,8 @@ class VictimNetwork(
         """
         X = check_images(X, ndim=4)
         check_number(self.batch_size, "batch_size", 1, integer=True)
-        network = _module_of(self.net)
-        found = self._remember(_probe)(X[:2], self._key(network), self)
+        network = module_of(self.net)
+        found = self._remember(probe)(X[:2], self._key(network), self)
         classes = self._check_classes(found.n_logits)
         if y is not None:
             check_labels(y, classes, len(X))
@@ -162,7 +172,7 @@ class VictimNetwork(
         -------
         ndarray of shape (n_samples,)
         """
-        return self.predict_and_transform(X)[0]
+        return self._answer(X, lambda logits, _: self._labels(logits))[0]
 
     def predict_proba(self, X):
         """Return the softmax of the logits.
@@ -176,7 +186,9 @@ class VictimNetwork(
         -------
         ndarray of shape (n_samples, n_classes), float64 in 0...1
         """
-        return softmax(self.decision_function(X), axis=1)
+        return self._answer(
+            X, lambda logits, _: softmax(logits.astype(np.float64), axis=1)
+        )[0]
 
     def decision_function(self, X):
         """Return the logits (for a softmax network: log-probabilities).
@@ -191,7 +203,7 @@ class VictimNetwork(
         ndarray of shape (n_samples, n_classes), float64
             Also for two classes: one column a logit.
         """
-        return self._forward(self._check(X))[0].astype(np.float64)
+        return self._answer(X, lambda logits, _: logits.astype(np.float64))[0]
 
     def transform(self, X):
         """Return the features f_L(x).
@@ -205,7 +217,7 @@ class VictimNetwork(
         -------
         ndarray of shape (n_samples, n_features), float64
         """
-        return self._forward(self._check(X))[1].astype(np.float64)
+        return self._answer(X, lambda _, features: features.astype(np.float64))[0]
 
     def predict_and_transform(self, X):
         """Return labels and features from ONE forward pass an image.
@@ -220,8 +232,33 @@ class VictimNetwork(
         labels : ndarray of shape (n_samples,)
         Z : ndarray of shape (n_samples, n_features), float64
         """
-        logits, features = self._forward(self._check(X))
-        return self.classes_[logits.argmax(axis=1)], features.astype(np.float64)
+        return tuple(
+            self._answer(
+                X,
+                lambda logits, _: self._labels(logits),
+                lambda _, features: features.astype(np.float64),
+            )
+        )
+
+    def stream(self, X):
+        """Go through images in parts, with ONE forward pass an image in all.
+
+        Parameters
+        ----------
+        X : array-like of shape (n_samples, n_channels, height, width)
+            As in `fit`; a memory-mapped array is never held as a whole. Its pixels are
+            checked as they are reached.
+
+        Yields
+        ------
+        rows : slice
+            Of ``X``: whole batches of ``batch_size``, but the last. One empty slice
+            where there is no image, and one for all where ``memory`` is set.
+        labels : ndarray of shape (n_rows,)
+        Z : ndarray of shape (n_rows, n_features), float64
+        """
+        for rows, logits, features in self._forward(self._check(X)):
+            yield rows, self._labels(logits), features.astype(np.float64)
 
     @contextmanager
     def differentiable(self, *, bfloat16=False):
@@ -260,20 +297,49 @@ class VictimNetwork(
         return device_of(self._opened.network)
 
     def _check(self, X):
+        """Check all but the pixels, which every pass does as it reaches them."""
         check_is_fitted(self)
-        return check_images(X, image_shape=self.image_shape_, ndim=4, allow_empty=True)
+        return check_images(
+            X,
+            image_shape=self.image_shape_,
+            ndim=4,
+            allow_empty=True,
+            pixels=False,
+        )
+
+    def _labels(self, logits):
+        return self.classes_[logits.argmax(axis=1)]
+
+    def _answer(self, X, *questions):
+        """Return an array for each function of logits and features."""
+        X = self._check(X)
+        answers = (
+            (rows, [question(logits, features) for question in questions])
+            for rows, logits, features in self._forward(X)
+        )
+        return gather(len(X), answers)
 
     def _forward(self, X):
-        if self.memory is not None:
+        """Yield rows, logits and features, float32, of each part."""
+        if self.memory is None:
+            key, forward = None, forward_pass
+            cut = parts(len(X), self.batch_size, self._n_features_out)
+        else:  # the pass that is remembered is that of all images
             X = np.ascontiguousarray(X)  # joblib's hash goes by the layout too
-        key = self._key(self._opened.network)
-        return self._remember(_forward_pass)(X, key, self)
+            key, forward = self._key(self.network_), self._remember(forward_pass)
+            cut = [slice(0, len(X))]
+        for rows in cut:
+            check_pixels(X[rows])
+            logits, features = forward(X[rows], key, self)
+            check_finite(logits, features, rows.start)
+            yield rows, logits, features
 
     def _key(self, network):
         """Return all that a forward pass depends on, but the images."""
         if self.memory is None:
             return None
-        return fingerprint(network), self.feature_layer, self.batch_size
+        with exclusive(network):
+            return fingerprint(network), self.feature_layer, self.batch_size
 
     def _remember(self, function):
         if self.memory is None:
@@ -314,8 +380,13 @@ class VictimNetwork(
 
     def __getstate__(self):
         state = dict(super().__getstate__())
-        state["net"] = _module_of(self.net)
         state.pop("net_", None)
+        network = module_of(self.net)
+        opened = state.get("_opened", network)
+        # not the network itself: another thread may be in the middle of a pass
+        state["net"], copied = snapshot(opened, network, opened)
+        if "_opened" in state:
+            state["_opened"] = copied
         return state
 
     def __setstate__(self, state):
@@ -345,64 +416,3 @@ def check_victim(victim):
             "your network: VictimNetwork(network)."
         )
     return clone(victim)
-
-
-def _module_of(net):
-    if isinstance(net, nn.Module):
-        return net
-    if hasattr(net, "module") and hasattr(net, "initialize"):  # a skorch net
-        if not getattr(net, "initialized_", False):
-            raise ValueError(
-                f"the skorch net {type(net).__name__} was never fitted, so it has no "
-                "weights to inspect. Fit it (or load its parameters) first."
-            )
-        return net.module_
-    raise TypeError(
-        f"net has type {type(net).__name__}, expected a trained torch.nn.Module or a "
-        "fitted skorch net. A class or a file name is not enough: build the network "
-        "and load its weights."
-    )
-
-
-def _probe(X, key, victim):
-    """Find logits and features; ``key`` is what the cache goes by."""
-    network = _module_of(victim.net)
-    images = to_tensor(X, device_of(network))
-    # no_grad: a tensor that a network keeps from inference_mode could never be
-    # differentiated through afterwards
-    with evaluation_mode(network), torch.no_grad():
-        try:
-            return open_network(network, victim.feature_layer, images)
-        except RuntimeError as error:
-            dtypes = {str(p.dtype) for p in network.parameters()} - {"torch.float32"}
-            remedy = (
-                f"Its weights are {', '.join(sorted(dtypes))}: call .float() on it."
-                if dtypes
-                else "Give it the image size and channels that it was made for."
-            )
-            raise ValueError(
-                f"the network cannot process float32 images of shape {X.shape[1:]}: "
-                f"{error}. {remedy}"
-            ) from error
-
-
-def _forward_pass(X, key, victim):
-    """Return logits and features, float32; ``key`` is what the cache goes by."""
-    if len(X) == 0:
-        n_features = victim._n_features_out
-        return np.empty((0, len(victim.classes_))), np.empty((0, n_features))
-    network = victim._opened.network
-    with evaluation_mode(network), torch.no_grad():
-        parts = [
-            (logits.float().cpu().numpy(), features.float().cpu().numpy())
-            for logits, features in victim.net_.forward_iter(X)
-        ]
-    logits, features = (np.concatenate(part) for part in zip(*parts, strict=True))
-    bad = np.isnan(logits).any(axis=1) | ~np.isfinite(features).all(axis=1)
-    if bad.any():
-        raise ValueError(
-            f"the network returned NaN or infinity for {bad.sum()} of {len(X)} images, "
-            f"first for image {np.flatnonzero(bad)[0]}. Its weights are damaged, or it "
-            "overflows in half precision: use float32."
-        )
-    return logits, features

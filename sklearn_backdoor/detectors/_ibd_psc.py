@@ -8,7 +8,7 @@ from scipy.special import softmax
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sklearn_backdoor._forward import evaluation_mode
+from sklearn_backdoor._exclusive import evaluation_mode
 from sklearn_backdoor._torch import to_tensor
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.detectors._base import BaseDetector
