@@ -69,7 +69,7 @@ def find_classes(folder):
     expected = f"{str(folder)!r} holds no images in folders, expected <class>/<image>"
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
+            names = sorted(one.name for one in entries if os.path.isdir(one.path))
     except OSError as error:
         raise FileNotFoundError(f"{expected} ({error.strerror}).") from None
     found = {name: list(find_images(Path(folder) / name)) for name in names}

@@ -21,6 +21,7 @@ from sklearn_backdoor.__main__ import main
 from sklearn_backdoor._scan_picture import draw_scan, picture_png
 from sklearn_backdoor._text import printable
 from sklearn_backdoor.scan import METHODS, run_scan, screen, to_json
+from tests.cli_common import FACTORY, suspect, write_images
 from tests.common import LinearNetwork, linear_images
 
 HOSTILE = [
@@ -32,46 +33,6 @@ HOSTILE = [
     r"\frac{$",
 ]
 ROOT = Path(__file__).parents[1]
-FACTORY = """
-import time
-from tests.common import LinearNetwork
-
-def make(n_classes=6):
-    return LinearNetwork(n_classes)
-
-def small():
-    return LinearNetwork(4)
-
-def needs(size):
-    return LinearNetwork(size)
-
-def deaf():
-    network = LinearNetwork()
-    network.last.weight.data[0] = 1e6
-    return network
-
-class Slow(LinearNetwork):
-    def forward(self, images):
-        time.sleep(0.05)
-        return super().forward(images)
-
-a_network = LinearNetwork()
-number = 5
-"""
-
-
-def suspect(n_classes=6):
-    """Return a network that a mask of a tenth of one pixel sends to class 2."""
-    return LinearNetwork(n_classes, backdoor=100.0).eval()
-
-
-def write_images(folder, n_classes=6, names=None):
-    X, y = linear_images(6, n_classes)
-    for number, (image, label) in enumerate(zip(X, y, strict=True)):
-        place = folder / (names[label] if names else str(label))
-        place.mkdir(parents=True, exist_ok=True)
-        pixels = np.rint(image[0] * 255).astype(np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """What commands read: clean images, the suspect network, and what they came from."""
 
-from sklearn_backdoor.cli._outcome import say
+from sklearn_backdoor.cli._outcome import name_of, say
 
 
 def load_clean(options):
@@ -17,7 +17,8 @@ def load_clean(options):
     """
     from sklearn_backdoor._scan_input import load_dataset, load_folder
 
-    say(f"load images from {options['images'] or options['dataset']}", err=True)
+    place = options["images"] or options["dataset"]
+    say(f"load images from {name_of(place)}", err=True)
     common = {name: options[name] for name in ("classes", "per_class", "seed")}
     if options["images"]:
         return load_folder(
@@ -47,7 +48,7 @@ def load_suspect(options, image_shape):
     """
     from sklearn_backdoor.io import file_digest, load_network
 
-    say(f"load {options['weights']}", err=True)
+    say(f"load {name_of(options['weights'])}", err=True)
     names = ("n_classes", "mean", "std")
     settings = {name: options[name] for name in names}
     if _asks_for_shape(options["architecture"], image_shape):
@@ -63,7 +64,7 @@ def _asks_for_shape(architecture, image_shape):
     that change them. A factory of the user's is called without.
     """
     if architecture == "lenet5":
-        return image_shape[1] != image_shape[2]
+        return image_shape[1] != image_shape[2] or image_shape[1] < 24
     return architecture.startswith(("torchvision:", "timm:"))
 
 
@@ -83,7 +84,7 @@ def load_guard(directory, options):
     from sklearn_backdoor import BackdoorGuard, VictimNetwork
     from sklearn_backdoor._guard_disk import read_files
 
-    say(f"load {directory}", err=True)
+    say(f"load {name_of(directory)}", err=True)
     content, _ = read_files(directory)
     try:
         shape = tuple(int(size) for size in content["victim"]["image_shape"])

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import click
 
+from sklearn_backdoor._text import printable
+
 BAD_INPUT = (ValueError, TypeError, OSError, ImportError)  # what bad input raises
 
 
@@ -97,6 +99,11 @@ def resumable(checkpoint_dir):
         ) from None
 
 
+def name_of(path):
+    """Return a path of unknown origin for `say`, on one line."""
+    return printable(path, None)
+
+
 def say(text, err=False):
     """Print lines that no terminal obeys and no closed pipe turns into status 1.
 
@@ -106,8 +113,6 @@ def say(text, err=False):
     err : bool, default=False
         On standard error.
     """
-    from sklearn_backdoor._text import printable
-
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = "\n".join(printable(line, None) for line in text.split("\n"))

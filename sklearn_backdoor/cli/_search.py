@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sklearn_backdoor.cli._files import check_folder, check_writable
 from sklearn_backdoor.cli._inputs import load_clean, load_suspect
-from sklearn_backdoor.cli._outcome import resumable, say
+from sklearn_backdoor.cli._outcome import name_of, resumable, say
 
 _FEWEST = 3  # clean images a class, for a guard
 _OUTPUTS = ("out", "json_file", "report")
@@ -136,7 +136,7 @@ def report_search(options, found, guard):
     path = Path(options["report"])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_report(path, guard, found.X, found.y, provenance=provenance_of(found))
-    say(f"  report    {path}")
+    say(f"  report    {name_of(path)}")
 
 
 def _check_enough(clean):

@@ -4,10 +4,11 @@ import sys
 
 import click
 
+from sklearn_backdoor._text import printable
 from sklearn_backdoor.cli._files import as_path, check_writable
 from sklearn_backdoor.cli._inputs import load_guard
 from sklearn_backdoor.cli._options import network_options
-from sklearn_backdoor.cli._outcome import Command, Refused, refusing, say
+from sklearn_backdoor.cli._outcome import Command, Refused, name_of, refusing, say
 
 
 @click.command(cls=Command)
@@ -59,7 +60,7 @@ def check(guard_dir, images, resize, csv_file, jsonl_file, strict, **options):
     _stream(judge_files(guard, files_of(images), resize), tally, files)
     say(screen(guard, tally))
     for path in filter(None, files):
-        say(f"  verdicts      {path}")
+        say(f"  verdicts      {name_of(path)}")
     if strict and tally.counts["error"]:
         raise Refused(f"--strict: {tally.counts['error']} files could not be read.")
     click.get_current_context().exit(int(tally.counts["trigger"] > 0))
@@ -97,8 +98,6 @@ def screen(guard, tally):
     -------
     str
     """
-    from sklearn_backdoor._text import printable
-
     counts = tally.counts
     lines = ["", f"  {_headline(guard, tally)}", ""]
     for verdict, what in (
@@ -127,8 +126,6 @@ def screen(guard, tally):
 
 
 def _headline(guard, tally):
-    from sklearn_backdoor._text import printable
-
     if not len(guard.target_classes_):
         return (
             f"NOTHING IS GUARDED: the search's verdict was {guard.verdict_!r}, so all "

@@ -3,7 +3,7 @@
 import click
 
 from sklearn_backdoor.cli._files import check_writable
-from sklearn_backdoor.cli._outcome import Command, refusing, say
+from sklearn_backdoor.cli._outcome import Command, name_of, refusing, say
 
 
 @click.command(cls=Command)
@@ -32,7 +32,7 @@ def convert(source, out):
             raise ValueError(f"{out} does not end in .safetensors. Give such a name.")
         check_writable(out, inputs=[source])
         found = io.convert(source, out)
-    say(f"  weights   {out}")
+    say(f"  weights   {name_of(out)}")
     say(
         f"            {found['n_tensors']:,} tensors, {found['n_parameters']:,} numbers"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sklearn_backdoor.cli._files import check_writable, write_whole
-from sklearn_backdoor.cli._outcome import Command, refusing, say
+from sklearn_backdoor.cli._outcome import Command, name_of, refusing, say
 
 
 @click.command(cls=Command)
@@ -79,10 +79,10 @@ def demo(dataset, attack, source_classes, data_dir, seed, epochs, out, json_file
     draw_story(story).savefig(content, format="png", dpi=150)
     with refusing(OSError):
         write_whole(picture, content.getvalue())
-        say(f"  picture      {picture}")
+        say(f"  picture      {name_of(picture)}")
         if figures:
             write_whole(figures, json.dumps(story.figures, indent=1).encode() + b"\n")
-            say(f"  figures      {figures}")
+            say(f"  figures      {name_of(figures)}")
 
 
 def _sources(text, classes, target):

@@ -12,7 +12,7 @@ from sklearn_backdoor.cli._options import (
     report_option,
     search_options,
 )
-from sklearn_backdoor.cli._outcome import Command, Group, refusing, say
+from sklearn_backdoor.cli._outcome import Command, Group, name_of, refusing, say
 from sklearn_backdoor.cli._search import (
     check_outputs,
     make_guard,
@@ -71,7 +71,7 @@ def fit(**options):
     with refusing():
         fitted = make_guard(found)
         fitted.save(options["out"], provenance=provenance_of(found))
-    say(f"  guard     {options['out']}, {_what(fitted)}")
+    say(f"  guard     {name_of(options['out'])}, {_what(fitted)}")
     if options["report"]:
         with refusing():
             report_search(options, found, fitted)

@@ -7,7 +7,7 @@ import click
 from sklearn_backdoor.cli._files import check_writable
 from sklearn_backdoor.cli._inputs import load_clean, load_guard
 from sklearn_backdoor.cli._options import check_options, image_options, network_options
-from sklearn_backdoor.cli._outcome import Command, Refused, refusing, say
+from sklearn_backdoor.cli._outcome import Command, Refused, name_of, refusing, say
 
 
 @click.command(cls=Command)
@@ -80,7 +80,7 @@ def report(guard_dir, checked, most, out, **options):
             provenance={"data_source": clean.source},
             **settings,
         )
-    say(f"  report    {out}")
+    say(f"  report    {name_of(out)}")
 
 
 def _load_checked(places, shape, resize, most, seed):

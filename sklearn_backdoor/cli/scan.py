@@ -15,7 +15,7 @@ from sklearn_backdoor.cli._options import (
     report_option,
     search_options,
 )
-from sklearn_backdoor.cli._outcome import Command, refusing, say
+from sklearn_backdoor.cli._outcome import Command, name_of, refusing, say
 from sklearn_backdoor.cli._search import (
     check_outputs,
     make_guard,
@@ -92,7 +92,7 @@ def _write(found, picture, json_file):
     try:
         write_whole(picture, picture_png(found))
         pictures.append(str(picture))
-        say(f"  picture   {picture}")
+        say(f"  picture   {name_of(picture)}")
     finally:  # a picture that fails must not cost the figures
         if json_file:
             figures = to_json(found)
@@ -100,4 +100,4 @@ def _write(found, picture, json_file):
             figures["date"] = datetime.datetime.now(datetime.UTC).isoformat()
             content = json.dumps(figures, indent=1, allow_nan=False)
             write_whole(json_file, content.encode() + b"\n")
-            say(f"  figures   {json_file}")
+            say(f"  figures   {name_of(json_file)}")
