@@ -240,8 +240,9 @@ def test_classes_that_were_not_judged_are_pale():
     assert "not among the contenders (2)" in words(display.ax_).replace("\n", " ")
 
 
-@pytest.mark.parametrize("n_classes", [43, 100, 300])
-@pytest.mark.parametrize("size", [(4, 3), (7, 4)])
+@pytest.mark.parametrize(
+    "n_classes, size", [(43, (4, 3)), (100, (7, 4)), (300, (4, 3))]
+)
 def test_of_many_classes_the_most_suspicious_are_named(n_classes, size):
     rng = np.random.default_rng(0)
     p = rng.uniform(0, 1, n_classes)
@@ -257,6 +258,13 @@ def test_of_many_classes_the_most_suspicious_are_named(n_classes, size):
     ticks = display.ax_.get_xticks().tolist()
     assert {7, n_classes - 1} <= set(ticks) and len(ticks) < n_classes
     assert len(display.bars_) == n_classes
+    check_lettering(display.ax_)
+
+
+def test_bars_of_no_height_are_drawn_all_the_same():
+    search = record(np.ones(6), p=np.ones(6), alpha=1.0)
+    display = AnomalyIndexDisplay.from_estimator(search, ax=sheet())
+    np.testing.assert_array_equal(display.heights_, 0)
     check_lettering(display.ax_)
 
 
@@ -389,15 +397,17 @@ def test_a_guards_points_are_clean_for_the_target_and_triggered_for_others(guard
     clean = FeatureSpaceDisplay.from_estimator(guard, X, y, X_check=X_check, ax=sheet())
     assert len(clean.points_check) == 2 and clean.n_others == 10
     assert "10 checked with other labels" in words(clean.ax_).replace("\n", " ")
+    other = X_check[:2]  # of class 0
+    none = FeatureSpaceDisplay.from_estimator(guard, X, y, X_check=other, ax=sheet())
+    assert none.points_check is None and none.n_others == 2
 
 
 @pytest.mark.parametrize("n_classes, n_entries", [(10, 10), (21, 21), (43, 2)])
-@pytest.mark.parametrize("size", [(4, 3), (7, 5)])
-def test_many_source_classes_share_one_colour(n_classes, n_entries, size):
+def test_many_source_classes_share_one_colour(n_classes, n_entries):
     rng = np.random.default_rng(0)
     Z = rng.normal(size=(3 * n_classes, 5))
     y = np.repeat(np.arange(n_classes), 3)
-    ax = sheet(size)
+    ax = sheet((4, 3))
     FeatureSpaceDisplay.from_predictions(Z, y, target_class=4, ax=ax)
     texts = [text.get_text() for text in ax.get_legend().get_texts()]
     assert len(texts) == n_entries and texts[0] == "4, clean"
@@ -469,8 +479,17 @@ def test_only_images_that_the_victim_sends_to_the_target_are_counted(guard, eval
     assert nothing.im_ is None and "None of 3 images" in words(nothing.ax_)
 
 
-@pytest.mark.parametrize("n_classes", [1, 2, 12, 20, 21, 300])
-@pytest.mark.parametrize("size", [(4, 3), (6, 5)])
+@pytest.mark.parametrize(
+    "n_classes, size",
+    [
+        (1, (4, 3)),
+        (2, (6, 5)),
+        (12, (4, 3)),
+        (20, (6, 5)),
+        (21, (6, 5)),
+        (300, (4, 3)),
+    ],
+)
 def test_matrices_of_any_size_can_be_read(n_classes, size):
     y = np.repeat(np.arange(n_classes), 2) + 1
     display = SourceConfusionDisplay.from_predictions(

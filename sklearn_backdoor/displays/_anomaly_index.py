@@ -177,7 +177,7 @@ class AnomalyIndexDisplay:
         flagged = np.isin(self.classes, self.target_classes)
         places = np.arange(len(figures))
         self.bars_ = self._draw_bars(ax, flagged)
-        top = 1.2 * max(self.heights_.max(), 1.25 * limit)
+        top = 1.2 * max(self.heights_.max(), 1.25 * limit) or 1
         ax.set_ylim(0, top)
         self._draw_threshold(ax, sizes, limit)
         if self.statistic == "p-value":
@@ -224,7 +224,8 @@ class AnomalyIndexDisplay:
         room = max(width(line, sizes.small) for line in lines) + 0.08
         share = min(room / sizes.width, 0.5)
         n_classes = len(self.heights_)
-        ax.set_xlim(-0.6, n_classes - 0.5 + n_classes * share / (1 - share))
+        left = min(-0.6, -0.17 * n_classes / sizes.width)  # half a norm's width
+        ax.set_xlim(left, n_classes - 0.5 + n_classes * share / (1 - share))
         self.line_ = ax.axhline(limit, color=RED, linewidth=1.1, linestyle=(0, (5, 3)))
         ax.text(
             0.998,

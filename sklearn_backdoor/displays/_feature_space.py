@@ -117,7 +117,8 @@ class FeatureSpaceDisplay:
             return cls._from(Z, y, target).plot(ax)
         seen = guard.inspect(X_check)
         sent = (seen["victim_label"] == target).to_numpy()
-        Z_check = guard.victim_.transform(X_check)[sent]
+        X_check = np.asarray(X_check)[sent]
+        Z_check = guard.victim_.transform(X_check) if len(X_check) else None
         flagged = seen["is_trigger"].to_numpy()[sent]
         display = cls._from(Z, y, target, Z_check, flagged, int(np.sum(~sent)))
         return display.plot(ax)
