@@ -66,6 +66,18 @@ def overhead(results):
 
 
 @main.command()
+@_results
+@click.option("--folder", type=click.Path(exists=True), help="For 3 GB, sparse.")
+@click.option("--images", type=click.IntRange(1), help="A million unless given.")
+def streaming(results, folder, images):
+    """Peak memory of the guard over a million memory-mapped images."""
+    from benchmarks.streaming import N_MANY
+    from benchmarks.streaming import streaming as run
+
+    run(results, n_many=images or N_MANY, folder=folder)
+
+
+@main.command()
 @click.option("--part", "parts", multiple=True, help="All parts unless named.")
 @_data_dir
 @click.option("--shared", type=click.Path(exists=True), help="Victims of other code.")
