@@ -52,7 +52,7 @@ class GuardModuleMixin:
           ``1 + |score|`` on the same machine and in batches of the same size, since the
           features go through the same float32 network and all after it is float64.
           Other kernels, such as ONNX Runtime's, round the network's float32 otherwise:
-          there, to 1e-3 times ``1 + |score|``, and an image within that of 0 may
+          there, to 1e-4 times ``1 + |score|``, and an image within that of 0 may
           change its label. With two classes and a discriminative classifier, scores
           past 20 are rounding alone.
         - ``uint8`` images are refused: divide them by 255. The range is not checked,

@@ -149,11 +149,11 @@ class Packer:
                 "files cannot hold. Use float64, integers or strings."
             )
         # the layout is kept, since it decides how products are rounded
-        flip = [axis for axis, stride in enumerate(array.strides) if stride < 0]
+        flip = tuple(axis for axis, step in enumerate(array.strides) if step < 0)
         array = np.flip(array, flip).copy(order="K")
         fortran = array.ndim > 1 and not array.flags.c_contiguous
         self.arrays[path] = np.array(array.T if fortran else array, order="C")
-        return {"array": path, "order": "F" if fortran else "C", "flip": flip}
+        return {"array": path, "order": "F" if fortran else "C", "flip": list(flip)}
 
     def labels(self, array, path):
         """Return labels, or other short arrays, such that they can be read."""
@@ -225,7 +225,7 @@ class Unpacker:
             raise damaged(f"the array {printable(name, 100)} does not exist")
         array = np.array(self.arrays[name])  # a copy: two steps may not share one
         array = array.T if take(plain, "order", str) == "F" else array
-        return np.flip(array, take(plain, "flip", list))
+        return np.flip(array, tuple(take(plain, "flip", list)))
 
     def _list(self, plain):
         return [self(item) for item in take(plain, "list", list)]
