@@ -78,7 +78,7 @@ def test_hostile_file_is_refused_at_once_and_runs_nothing(refusals, name):
 
 def test_over_a_hundred_hostile_files_are_refused_under_a_gigabyte(refusals):
     _, told = refusals
-    assert len(told["found"]) >= 130 and len(hostile.IN_CHILD) >= 3
+    assert len(told["found"]) >= 130 and len(hostile.IN_CHILD) >= 2
     assert max(told["peaks"]) < 2**30
     seconds = [
         one[-1] for name, one in told["found"].items() if name not in hostile.IN_CHILD
@@ -145,12 +145,19 @@ def test_the_child_is_stopped_when_its_time_is_over(tmp_path, monkeypatch):
         assert os.listdir(tmp_path) == ["weights.pt"]
 
 
-def test_the_child_refuses_code_even_where_the_look_from_outside_is_left_out(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("torch_save_with_a_nested_payload", "ended with status 1"),
+        ("one_number_expanded_to_a_terabyte", "claims tensors of 1,099,511,627,776 b"),
+    ],
+)
+def test_the_child_refuses_even_where_the_look_from_outside_is_left_out(
+    tmp_path, monkeypatch, name, words
 ):
-    path = hostile.CASES["torch_save_with_a_nested_payload"][0](tmp_path)
+    path = hostile.CASES[name][0](tmp_path)
     monkeypatch.setattr(_sandbox, "check_pickle", lambda *given: None)
-    with pytest.raises(UnsafeFileError, match="ended with status 1"):
+    with pytest.raises(UnsafeFileError, match=words):
         load_network(path, FACTORY)
     assert not (tmp_path / "canary").exists()
 
@@ -499,7 +506,7 @@ def test_a_ready_victim_keeps_its_accuracy_on_its_stated_classes():
 # ---- conversion
 
 
-def test_conversion_keeps_values_and_says_what_is_odd(tmp_path):
+def test_conversion_keeps_values_and_says_what_is_odd(tmp_path, monkeypatch):
     shared = torch.arange(6.0).reshape(2, 3)
     state = {
         "a.weight": shared.t(),  # not contiguous
@@ -512,7 +519,8 @@ def test_conversion_keeps_values_and_says_what_is_odd(tmp_path):
     path = torch_save(tmp_path, content)
     out = tmp_path / "weights.safetensors"
     out.write_bytes(b"old")
-    about = convert(path, out)
+    monkeypatch.chdir(tmp_path)
+    about = convert(path.name, out.name)
     assert (about["n_tensors"], about["n_parameters"]) == (4, 15)
     assert about["sha256_in"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert about["sha256_out"] == hashlib.sha256(out.read_bytes()).hexdigest()

@@ -39,6 +39,7 @@ class _Global(NamedTuple):
 
 class _Storage(NamedTuple):
     n_items: int
+    item_size: int
 
 
 class _Opaque(NamedTuple):
@@ -55,7 +56,7 @@ _CONSTANTS = {
 }
 
 
-def check_pickle(content, storages, path):
+def check_pickle(content, storages, n_bytes, path):
     """Refuse a pickle that is more than a dict of tensors, numbers and text.
 
     Parameters
@@ -63,6 +64,8 @@ def check_pickle(content, storages, path):
     content : bytes
     storages : dict of str to int
         Bytes of each storage.
+    n_bytes : int
+        What the tensors may take, each written out on its own.
     path : path-like
         For messages.
 
@@ -70,9 +73,10 @@ def check_pickle(content, storages, path):
     ------
     UnsafeFileError
         If it asks for anything but tensors, holds an instruction that torch.save does
-        not write, or a tensor reaches past its storage.
+        not write, a tensor reaches past its storage, or tensors share storages so that
+        they would grow beyond measure when written out.
     """
-    machine, last = _Machine(storages, path), len(content) - 1
+    machine, last = _Machine(storages, n_bytes, path), len(content) - 1
     try:
         for number, (code, value, place) in enumerate(pickletools.genops(content)):
             if number > MAX_STEPS:
@@ -93,11 +97,13 @@ class _Machine:
     Parameters
     ----------
     storages : dict of str to int
+    n_bytes : int
     path : path-like
     """
 
-    def __init__(self, storages, path):
+    def __init__(self, storages, n_bytes, path):
         self.storages = storages
+        self.bytes_left = n_bytes
         self.path = path
         self.stack = []
         self.memo = {}
@@ -200,7 +206,7 @@ class _Machine:
                 f"{size} bytes and has {self.storages.get(key)} bytes",
                 _WHAT,
             )
-        return _Storage(n_items)
+        return _Storage(n_items, size)
 
     def _call(self, function, given):
         if not isinstance(given, tuple) or not isinstance(function, _Global):
@@ -226,6 +232,11 @@ class _Machine:
         last = offset + sum((n - 1) * stride for n, stride in steps)
         if math.prod(shape) and last >= storage.n_items:
             raise damaged(self.path, "a tensor reaches past its storage", _WHAT)
+        self.bytes_left -= math.prod(shape) * storage.item_size
+        if self.bytes_left < 0:
+            raise refused(
+                self.path, "claims far more numbers in tensors than its size explains"
+            )
 
 
 def _is_size(value, least=0):

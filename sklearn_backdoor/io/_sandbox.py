@@ -57,8 +57,9 @@ def to_safetensors(file, path, out):
     before = signature(file)
     size = before[2]
     archive = read_archive(file, size, path)
-    check_pickle(archive.pickle, archive.storages, path)
-    about = _run(file, path, out, limits_of(size))
+    limits = limits_of(size)
+    check_pickle(archive.pickle, archive.storages, limits["n_bytes"], path)
+    about = _run(file, path, out, limits)
     check_unchanged(file, before, path)
     if "refused" in about:
         raise refused(path, printable(about["refused"], 300))
@@ -83,13 +84,14 @@ def limits_of(size):
         "n_bytes": 2 * size + 16 * _MEGABYTE,  # tied tensors are written out twice
         "memory": 3 * size + 256 * _MEGABYTE,
         "cpu_seconds": 20 + size // (20 * _MEGABYTE),
-        "wall_seconds": 60 + size // (10 * _MEGABYTE),
+        "wall_seconds": 120 + size // (10 * _MEGABYTE),
     }
 
 
 def _run(file, path, out, limits):
     """Run the child; return its answer, or say how it ended."""
     packages = {str(Path(one).parents[1]) for one in (torch.__file__, _SAFETENSORS)}
+    out = out.resolve()  # the child starts elsewhere
     order = {**limits, "out": str(out), "packages": sorted(packages)}
     command = [sys.executable, "-I", "-B", _child.__file__, json.dumps(order)]
     os.lseek(file.fileno(), 0, os.SEEK_SET)

@@ -291,19 +291,24 @@ def tensor_of_a_size_beyond_64_bits(folder):
     return program(folder, {"w": tensor((2**70,), (0,), 16)}, {"0": bytes(64)})
 
 
-# ---- what only the child sees
-
-
-@case("far more than its size explains", child=True)
+@case("far more numbers in tensors than its size explains")
 def one_number_expanded_to_a_terabyte(folder):
     view = tensor((2**38,), (0,), 1)
     return program(folder, {"last.weight": view}, {"0": bytes(4)})
 
 
-@case("far more than its size explains", child=True)
+@case("far more numbers in tensors than its size explains")
 def a_thousand_views_of_a_megabyte(folder):
     views = {f"w{number}": tensor((2**18,), (1,), 2**18) for number in range(1000)}
     return program(folder, views, {"0": bytes(2**20)})
+
+
+# ---- what only the child sees
+
+
+@case("several state dicts", child=True)
+def two_networks_in_a_file(folder):
+    return torch_save(folder, {"model": state(), "ema": state()})
 
 
 @case("differs in hidden.weight (I64", child=True)
