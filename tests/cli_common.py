@@ -88,7 +88,7 @@ def one_line(done, status=2):
     """Return the only line of an error, which ends with a status and no traceback."""
     assert done.exit_code == status, done.output
     assert "Traceback" not in done.output
-    lines = [line for line in done.stderr.splitlines() if not is_stage(line)]
+    lines = [line for line in done.stderr.splitlines() if line and not is_stage(line)]
     assert len(lines) == 1, done.stderr
     return lines[0]
 

@@ -81,8 +81,9 @@ def load_guard(directory, options):
     -------
     BackdoorGuard
     """
-    from sklearn_backdoor import BackdoorGuard, VictimNetwork
     from sklearn_backdoor._guard_disk import read_files
+    from sklearn_backdoor.guard import BackdoorGuard
+    from sklearn_backdoor.victim import VictimNetwork
 
     say(f"load {name_of(directory)}", err=True)
     content, _ = read_files(directory)

@@ -91,7 +91,7 @@ def make_guard(found):
     """
     from sklearn.frozen import FrozenEstimator
 
-    from sklearn_backdoor import BackdoorGuard
+    from sklearn_backdoor.guard import BackdoorGuard
 
     say("fit the guard", err=True)
     guard = BackdoorGuard(found.engineer.victim, FrozenEstimator(found.engineer))
