@@ -189,7 +189,8 @@ class FeatureSpaceDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            None opens a figure.
+            None opens a figure. The figure's ground is made white; without a layout
+            engine, it is given a constrained layout.
         title : str, default=None
             None takes the display's own.
 

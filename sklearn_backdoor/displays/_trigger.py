@@ -145,7 +145,8 @@ class TriggerDisplay:
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Divided into panels; None opens a figure.
+            Divided into panels; None opens a figure. The figure's ground is made white;
+            without a layout engine, it is given a constrained layout.
         title : str, default=None
             None takes the display's own, "" none.
 
