@@ -1,7 +1,7 @@
 """Files that a command writes: found writable before the work, written whole."""
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -65,6 +65,25 @@ def check_folder(folder):
 
 
 @contextmanager
+def folder_of(path):
+    """Make the folder of a file, and take it away again if writing the file fails.
+
+    Parameters
+    ----------
+    path : Path
+    """
+    made = [one for one in path.parents if not one.exists()]  # the innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def writing(path):
     """Open a binary file that appears whole, at the end, or not at all.
 
@@ -77,14 +96,14 @@ def writing(path):
     ------
     file
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name[:80]}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with folder_of(path):
+        try:
+            with part.open("wb") as file:
+                yield file
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path, content):

@@ -4,7 +4,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sklearn_backdoor.cli._files import check_folder, check_writable
+from sklearn_backdoor.cli._files import check_folder, check_writable, folder_of
 from sklearn_backdoor.cli._inputs import load_clean, load_suspect
 from sklearn_backdoor.cli._outcome import name_of, resumable, say
 
@@ -134,8 +134,8 @@ def report_search(options, found, guard):
     from sklearn_backdoor.report import write_report
 
     path = Path(options["report"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_report(path, guard, found.X, found.y, provenance=provenance_of(found))
+    with folder_of(path):
+        write_report(path, guard, found.X, found.y, provenance=provenance_of(found))
     say(f"  report    {name_of(path)}")
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from sklearn_backdoor.cli._files import check_writable
+from sklearn_backdoor.cli._files import check_writable, folder_of
 from sklearn_backdoor.cli._inputs import load_clean, load_guard
 from sklearn_backdoor.cli._options import check_options, image_options, network_options
 from sklearn_backdoor.cli._outcome import Command, Refused, name_of, refusing, say
@@ -70,16 +70,10 @@ def report(guard_dir, checked, most, out, **options):
             )
         resize = options["image_size"] is not None
         names, X = _load_checked(checked, shape, resize, most, options["seed"])
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
         settings = {"X_check": X, "check_names": names} if checked else {}
-        write_report(
-            out,
-            guard,
-            clean.X,
-            clean.y,
-            provenance={"data_source": clean.source},
-            **settings,
-        )
+        settings["provenance"] = {"data_source": clean.source}
+        with folder_of(Path(out)):
+            write_report(out, guard, clean.X, clean.y, **settings)
     say(f"  report    {name_of(out)}")
 
 
