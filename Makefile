@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m sklearn_backdoor demo
@@ -13,6 +13,9 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed
+	$(VENV)/bin/python -m sphinx -W --keep-going -b html docs docs/_build
 
 $(VENV)/installed: pyproject.toml constraints/ci.txt
 	$(PYTHON) -m venv $(VENV)
