@@ -259,6 +259,16 @@ def test_a_failing_disk_leaves_no_table(ground, monkeypatch):
     assert not Path("out").exists()
 
 
+def test_ctrl_c_leaves_no_table(ground, monkeypatch):
+    def inspect(self, X):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BackdoorGuard, "inspect", inspect)
+    done = check("clean", "--csv", "out/v.csv", "--jsonl", "v.jsonl")
+    assert one_line(done, 130) == "Interrupted."
+    assert not Path("out").exists() and not Path("v.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     "value, safe",
     [

@@ -112,7 +112,9 @@ WRONG = {
     "--most": no_whole(1),
     "--check": wrong_file("empty folder", "suspects.py", "broken"),
     "--attack": choice("white-box"),
-    "--source-classes": ANYTHING.filter(lambda text: text != "all")
+    "--source-classes": ANYTHING.filter(
+        lambda text: text != "all" and not is_number(text, int)
+    )
     | one_of("9", "0,12"),
     "--epochs": no_whole(1),
     "GUARD": wrong_file("clean", "suspects.py", "empty folder", "cut guard"),

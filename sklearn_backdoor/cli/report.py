@@ -88,15 +88,20 @@ def _load_checked(places, shape, resize, most, seed):
         say(f"draw {most} of {len(files)} images to check", err=True)
         rows = np.random.default_rng(seed).permutation(len(files))[:most]
         files = [files[row] for row in np.sort(rows)]
-    names, images = [], []
+    names, images, wrong = [], [], []
     for path, error in files:
         try:
             if error:
                 raise ValueError(f"{path!r}: {error}")
             images.append(read_fitting(path, shape, resize))
             names.append(path)
-        except ValueError as wrong:
-            say(f"Left out: {wrong}", err=True)
+        except ValueError as why:
+            wrong.append(str(why))
     if places and not images:
-        raise Refused("none of the images to check could be read.")
+        first = wrong[0] if wrong else "there are none"
+        raise Refused(f"none of the images to check could be read: {first}")
+    for one in wrong[:3]:
+        say(f"Left out: {name_of(one)}", err=True)
+    if len(wrong) > 3:
+        say(f"Left out: {len(wrong) - 3} more", err=True)
     return names, np.array(images, dtype=np.uint8).reshape(-1, *shape)
