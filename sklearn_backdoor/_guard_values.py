@@ -217,7 +217,10 @@ class Unpacker:
                 raise damaged(f"{len(values)} labels of dtype {dtype}")
         elif not (_NUMBERS.fullmatch(dtype) or dtype == "|O"):
             raise damaged(f"dtype {printable(dtype)} is none of a label's")
-        return np.array(values, dtype=dtype)
+        try:
+            return np.array(values, dtype=dtype)
+        except OverflowError as error:
+            raise damaged(f"{printable(values)} ({error})") from None
 
     def _array(self, plain):
         name = take(plain, "array", str)
