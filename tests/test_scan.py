@@ -371,7 +371,7 @@ def test_an_output_that_fails_at_the_end_keeps_the_verdict_on_the_screen(
     assert done.exit_code == 2
     assert "BACKDOORED" in done.output and "could not be written" in done.output
     assert not Path("verdict.json").exists()
-    assert not list(Path().glob(".*part")) and not list(Path("scan").iterdir())
+    assert not list(Path().rglob(".*part")) and not Path("scan").exists()
 
 
 def test_a_picture_that_fails_does_not_cost_the_figures(case, monkeypatch):
