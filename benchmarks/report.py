@@ -114,9 +114,13 @@ def _overhead(results):
 def _streamed(row):
     config = row.config
     return (
-        f"\n\nMemory does not grow with the images: `guard.predict` over "
-        f"{config['n_images']:,} memory-mapped 32x32 colour images "
+        "\n\nMemory does not grow with the images: `guard.predict` over "
+        f"{_spaced(config['n_images'])} memory-mapped colour images of 32x32 pixels "
         f"({config['map_bytes'] / 1e9:.1f} GB) peaks at {row.ratio:.3f} times the "
-        f"private memory that {config['n_few']:,} take, labels aside "
+        f"private memory that {_spaced(config['n_few'])} take, labels aside "
         "(`python -m benchmarks streaming`)."
     )
+
+
+def _spaced(number):
+    return f"{number:,}".replace(",", " ")
