@@ -37,7 +37,7 @@ FIGURES = (
 @cache
 def search(name="auto"):
     victim = VictimNetwork(LinearNetwork().eval())
-    patch = NCReverseEngineer(victim, schedule="exhaustive", max_steps=10)
+    patch = NCReverseEngineer(victim, schedule="exhaustive", max_steps=6)
     fast = NCReverseEngineer(victim, max_steps=2)
     engineer = {
         "auto": AutoReverseEngineer(
@@ -47,7 +47,7 @@ def search(name="auto"):
         "strict": NCReverseEngineer(victim, threshold=1e6, max_steps=2),
         "fast": fast,
     }[name]
-    return engineer.fit(*linear_images())
+    return engineer.fit(*linear_images(5))
 
 
 @pytest.mark.parametrize("name", ["auto", "patch", "strict"])
@@ -105,3 +105,11 @@ def test_frozen_engineers_and_records_are_taken_as_they_are():
 def test_an_unfitted_engineer_has_no_record():
     with pytest.raises(NotFittedError):
         SearchRecord.from_engineer(NCReverseEngineer(VictimNetwork(LinearNetwork())))
+
+
+def test_the_first_class_flagged_is_the_target_and_its_trigger_the_trigger():
+    record = SearchRecord.from_engineer(search("patch"))
+    flagged = dataclasses.replace(record, target_classes_=np.array([4, 2]))
+    assert flagged.target_class_ == 4 and flagged.trigger_ is record.triggers_[4]
+    assert "target_classes_=[4, 2]" in repr(flagged)
+    assert copy.deepcopy(flagged) is flagged
