@@ -7,7 +7,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python -m sklearn_backdoor demo
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -1,3 +1,4 @@
+import os
 from functools import partial
 
 import pytest
@@ -9,7 +10,7 @@ from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 from tests.common import LinearNetwork, linear_images
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture
