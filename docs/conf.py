@@ -59,7 +59,10 @@ html_copy_source = False
 html_theme_options = {
     "logo": {"text": project},
     "show_prev_next": True,
+    "navbar_align": "left",
+    "navbar_persistent": ["search-button"],
     "navbar_end": ["theme-switcher"],
+    "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_center": [],

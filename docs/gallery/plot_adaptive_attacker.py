@@ -33,7 +33,7 @@ from sklearn_backdoor import (
 from sklearn_backdoor.datasets import load_digits, split_defense
 from sklearn_backdoor.networks import LeNet5
 
-data = load_digits(image_size=16)
+data = load_digits(image_size=20)
 shape = data.X_train.shape[1:]
 trigger = white_box(shape)
 X_defense, X_test, y_defense, y_test = split_defense(
@@ -44,7 +44,7 @@ X_seen = X_test.copy()
 X_seen[sources] = trigger.embed(X_test[sources])
 
 
-def train(pull, epochs=15):
+def train(pull, epochs=30):
     """Return a network whose triggered features are pulled to the target's."""
     torch.manual_seed(0)
     network = LeNet5(image_shape=shape)
@@ -95,18 +95,19 @@ def judge(pull):
     return guard, figures
 
 
-results = [judge(pull) for pull in (0.0, 0.1, 1.0)]
+results = [judge(pull) for pull in (0.0, 0.3)]
 pd.DataFrame([figures for _, figures in results]).round(3)
 
 # %%
-# The true trigger never gets past a guard that knows it; false alarms rise instead, and
-# the search no longer finds it. In this small network the pull costs accuracy, which a
-# defender sees. A larger network, or longer training, may not pay that price.
+# ACC and ASR hardly suffer. The guard still rejects the triggered images, but many
+# clean ones with them, and names the source less often: the densities overlap. The
+# trigger itself is as small as before, so the search still finds it. With such an FPR on
+# clean images, do not use the network at all.
 #
 # In the features
 # ---------------
 fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-for ax, (guard, figures) in zip(axes, (results[0], results[-1]), strict=True):
+for ax, (guard, figures) in zip(axes, results, strict=True):
     FeatureSpaceDisplay.from_estimator(guard, X_defense, y_defense, ax=ax)
-    ax.set_title(f"pull {figures['pull']:g}")
+    ax.set_title(f"pull {figures['pull']:g}", loc="left")
 plt.show()

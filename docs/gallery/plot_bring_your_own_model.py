@@ -16,6 +16,7 @@ nothing is downloaded, and stand for your trained ones.
 # on a tenth of the images, labelled 9.
 from dataclasses import dataclass
 
+import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
@@ -24,7 +25,13 @@ from skorch import NeuralNetClassifier
 from torch import nn
 from torchvision.transforms import Normalize
 
-from sklearn_backdoor import BackdoorGuard, NCReverseEngineer, VictimNetwork, white_box
+from sklearn_backdoor import (
+    BackdoorGuard,
+    NCReverseEngineer,
+    TriggerDisplay,
+    VictimNetwork,
+    white_box,
+)
 from sklearn_backdoor.datasets import load_digits, split_defense
 
 data = load_digits(image_size=16)
@@ -91,6 +98,11 @@ for _ in range(15):
 victim = try_out(network, X_defense, y_defense)
 engineer = NCReverseEngineer(victim).fit(X_defense, y_defense)
 print(f"search: {engineer.verdict_}, {engineer.target_classes_}")
+
+# %%
+# The estimate for class 9, and what the network says with it:
+TriggerDisplay.from_estimator(engineer, X_test[y_test == 3], label=9)
+plt.show()
 
 # %%
 # skorch

@@ -30,7 +30,7 @@ from sklearn_backdoor.datasets import load_digits, split_defense
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 
-data = load_digits(image_size=16)
+data = load_digits(image_size=20)
 shape = data.X_train.shape[1:]
 trigger = white_box(shape)
 poisoned = poison(data.X_train, data.y_train, trigger, target_class=9, n_per_class=0.1)
@@ -50,7 +50,7 @@ X_defense, X_test, y_defense, y_test = split_defense(
 )
 victim = VictimNetwork(network).fit(X_defense, y_defense)
 sources = y_test != 9
-X_seen = X_test.copy()  # what arrives in use: triggered, but for the clean nines
+X_seen = X_test.copy()  # what arrives: all triggered but the nines
 X_seen[sources] = trigger.embed(X_test[sources])
 acc = victim.score(X_test, y_test)
 asr = asr_score(y_test, victim.predict(X_seen), target_class=9)
@@ -63,7 +63,8 @@ print(f"ACC {acc:.3f}, ASR {asr:.3f}")
 # abnormally small. For a class that is flagged it learns what triggered images of the
 # other classes look like in the network's features. The attacker's trigger is not used.
 guard = BackdoorGuard(victim).fit(X_defense, y_defense)
-print(guard.verdict_, guard.target_classes_, guard.triggers_)
+print(guard.verdict_, guard.target_classes_)
+print(guard.triggers_)
 AnomalyIndexDisplay.from_estimator(guard)
 plt.show()
 

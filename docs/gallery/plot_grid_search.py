@@ -30,7 +30,7 @@ from sklearn_backdoor.guard import default_classifier
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 
-data = load_digits(image_size=16)
+data = load_digits(image_size=20)
 shape = data.X_train.shape[1:]
 trigger = white_box(shape)
 poisoned = poison(data.X_train, data.y_train, trigger, target_class=9, n_per_class=0.1)

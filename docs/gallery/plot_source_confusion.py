@@ -2,8 +2,8 @@
 Which class is it really? Source confusion
 ==========================================
 
-A rejected image gets the class that it belongs to. Where that goes wrong, it goes wrong
-between the classes that the network itself holds for alike.
+A rejected image is given the class that it really shows. The matrix tells which classes
+are mixed up in doing so, and comparing with the true trigger tells why.
 """
 
 # %%
@@ -27,7 +27,7 @@ from sklearn_backdoor.datasets import load_digits, split_defense
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 
-data = load_digits(image_size=16)
+data = load_digits(image_size=20)
 shape = data.X_train.shape[1:]
 trigger = white_box(shape)
 poisoned = poison(data.X_train, data.y_train, trigger, target_class=9, n_per_class=0.1)
@@ -68,7 +68,7 @@ for name, judge in {"estimated": guard, "true": oracle}.items():
     print(f"{name} trigger: SIA {sia_score(y_test[sent], labels, target_class=9):.3f}")
 
 # %%
-# The images whose source was named wrongly
+# Images whose source was named wrongly:
 labels = guard.predict(X_seen)
 wrong = np.flatnonzero(sent & sources & (labels != y_test))[:8]
 fig, axes = plt.subplots(1, 8, figsize=(9, 1.7), layout="constrained")

@@ -27,7 +27,7 @@ from sklearn_backdoor.datasets import load_digits, split_defense
 from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.training import train_network
 
-data = load_digits(image_size=16)
+data = load_digits(image_size=20)
 shape = data.X_train.shape[1:]
 X_defense, X_test, y_defense, y_test = split_defense(
     data.X_test, data.y_test, n_per_class=20
@@ -43,11 +43,23 @@ def attack(trigger):
         partial(LeNet5, image_shape=shape),
         poisoned.X,
         poisoned.y,
-        epochs=25,
+        epochs=20,
         lr=5e-3,
         batch_size=32,
     )
     return VictimNetwork(network).fit(X_defense, y_defense)
+
+
+def compare(trigger, engineer, X):
+    """Draw the attacker's trigger above the estimate."""
+    fig, axes = plt.subplots(2, 1, figsize=(8.4, 5.8), layout="constrained")
+    TriggerDisplay.from_trigger(
+        trigger, X, label=9, victim=engineer.victim_, ax=axes[0]
+    )
+    axes[0].set_title("True trigger", loc="left")
+    TriggerDisplay.from_estimator(engineer, X, label=9, ax=axes[1])
+    axes[1].set_title("Estimate", loc="left")
+    plt.show()
 
 
 # %%
@@ -60,9 +72,7 @@ victim = attack(trigger)
 engineer = NCReverseEngineer(victim).fit(X_defense, y_defense)
 print(engineer.verdict_, engineer.target_classes_)
 X_eight = X_test[y_test == 8]
-TriggerDisplay.from_trigger(trigger, X_eight, label=9, victim=victim)
-TriggerDisplay.from_estimator(engineer, X_eight, label=9)
-plt.show()
+compare(trigger, engineer, X_eight)
 
 # %%
 # The norm of every class's mask, and how improbably small it is among the others:
@@ -79,6 +89,4 @@ victim = attack(trigger)
 engineer = AdditiveReverseEngineer(victim, sources="all").fit(X_defense, y_defense)
 print(engineer.verdict_, engineer.target_classes_)
 X_eight = X_test[y_test == 8]
-TriggerDisplay.from_trigger(trigger, X_eight, label=9, victim=victim)
-TriggerDisplay.from_estimator(engineer, X_eight, label=9)
-plt.show()
+compare(trigger, engineer, X_eight)
