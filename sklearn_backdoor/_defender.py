@@ -77,6 +77,11 @@ def fit_defender(classifier, Z, y, target_class, random_state):
             )
     if classifier is None:
         classifier = default_classifier(counts.min())
+    if isinstance(classifier, type) or not hasattr(classifier, "get_params"):
+        raise TypeError(
+            f"classifier={classifier!r} is no estimator, expected such as "
+            "default_classifier() or BackdoorTriggerClassifier()."
+        )
     classifier = seeded_clone(classifier, random_state)
     last = classifier[-1] if isinstance(classifier, Pipeline) else classifier
     if not (hasattr(last, "log_likelihood") or hasattr(last, "predict_proba")):

@@ -197,7 +197,8 @@ def open_network(network, feature_layer, images):
         If the layer does not exist, or the output is not what a Linear layer gave.
     """
     if feature_layer is not None:
-        if feature_layer not in dict(network.named_modules()) or not feature_layer:
+        names = [name for name, _ in network.named_modules() if name]
+        if feature_layer not in names:
             raise ValueError(
                 f"feature_layer={feature_layer!r} does not exist. Choose one of: "
                 f"{layer_names(network)}."

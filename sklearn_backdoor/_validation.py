@@ -11,6 +11,35 @@ from sklearn.utils import check_array
 _CHUNK = 4096  # images looked at together, so that a memory map is never read whole
 
 
+def as_array(value, name):
+    """Return a plain array.
+
+    Raises
+    ------
+    TypeError
+        If there is none in it: a ragged list, a tensor with gradients, a sparse matrix.
+    ValueError
+        If values are masked, which a plain array would not show.
+    """
+    if np.ma.is_masked(value):
+        raise ValueError(
+            f"{name} is an array with masked values, which would be taken as they lie "
+            "under the mask. Drop these rows, or fill them: np.ma.filled."
+        )
+    if hasattr(value, "toarray"):
+        raise TypeError(
+            f"{name} is sparse ({type(value).__name__}), expected a dense array. "
+            "Convert it: X.toarray()."
+        )
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(
+            f"{name} has type {type(value).__name__} and makes no array ({error}). "
+            "Give a NumPy array, or a nested list whose rows are all of one length."
+        ) from error
+
+
 def check_images(
     X, *, image_shape=None, ndim=None, allow_empty=False, pixels=True, name="X"
 ):
@@ -45,9 +74,14 @@ def check_images(
     ValueError
         If the shape, the range or the number of images is wrong.
     """
-    if not hasattr(X, "toarray"):
-        X = np.asarray(X)
-    if ndim is None and getattr(X, "ndim", 0) < 3 or hasattr(X, "toarray"):
+    if ndim is not None or not hasattr(X, "toarray"):
+        X = as_array(X, name)
+    if ndim is None and not hasattr(X, "toarray") and X.ndim < 2:
+        raise ValueError(
+            f"{name} has shape {X.shape}, expected (n_samples, n_channels, height, "
+            "width). Reshape your data: image[None] makes a batch of one image."
+        )
+    if ndim is None and (hasattr(X, "toarray") or X.ndim < 3):
         X = check_array(X, ensure_min_samples=int(not allow_empty), input_name=name)
         if image_shape is not None:
             _check_shape(X, image_shape, name)
@@ -130,6 +164,69 @@ def check_pixels(X, name="X"):
             )
 
 
+def check_image_shape(image_shape):
+    """Return the shape as a tuple, or say what one is.
+
+    Raises
+    ------
+    ValueError
+        If it is not (n_channels, height, width), or (height, width).
+    """
+    shape = tuple(image_shape) if np.iterable(image_shape) else ()
+    whole = all(isinstance(n, int | np.integer) and n > 0 for n in shape)
+    if len(shape) not in (2, 3) or not whole:
+        raise ValueError(
+            f"image_shape={image_shape!r}, expected (n_channels, height, width) in "
+            "whole numbers above 0."
+        )
+    return shape
+
+
+def kind_of_labels(y):
+    """Return "numbers", "text" or "bytes", what an array of labels consists of.
+
+    Parameters
+    ----------
+    y : ndarray
+        Of numbers, strings or objects that are all one or the other.
+
+    Returns
+    -------
+    str or None
+        None where they are something else, mixed, or not finite.
+    """
+    if y.dtype.kind in "biuf":
+        return "numbers" if np.isfinite(y).all() else None
+    if y.dtype.kind in "US":
+        return {"U": "text", "S": "bytes"}[y.dtype.kind]
+    for name, kind in (("text", str), ("bytes", bytes), ("numbers", numbers.Real)):
+        if y.dtype.kind == "O" and all(isinstance(label, kind) for label in y.flat):
+            return (
+                name
+                if name != "numbers" or np.isfinite(y.astype(float)).all()
+                else None
+            )
+    return None
+
+
+def check_kind(y, name="y"):
+    """Return labels as an array, or say by name why they are none.
+
+    Raises
+    ------
+    TypeError
+        If they are neither all finite numbers nor all strings.
+    """
+    y = as_array(y, name)
+    if kind_of_labels(y) is None:
+        raise TypeError(
+            f"{name} holds labels of dtype {y.dtype} that are neither all finite "
+            "numbers nor all strings: None, NaN, dates and mixtures are no labels. "
+            "Drop or repair those."
+        )
+    return y
+
+
 def check_labels(y, classes, n_samples, *, all_present=False, min_per_class=1):
     """Validate the labels of the defence's images against the victim's classes.
 
@@ -137,8 +234,8 @@ def check_labels(y, classes, n_samples, *, all_present=False, min_per_class=1):
     ----------
     y : array-like of shape (n_samples,)
         Clean labels.
-    classes : ndarray of shape (n_classes,)
-        The victim's labels, in logit order.
+    classes : ndarray of shape (n_classes,) or None
+        The victim's labels, in logit order; None takes those in ``y``.
     n_samples : int
         Number of images.
     all_present : bool, default=False
@@ -152,13 +249,24 @@ def check_labels(y, classes, n_samples, *, all_present=False, min_per_class=1):
 
     Raises
     ------
+    TypeError
+        If they are no labels, or text where the classes are numbers.
     ValueError
         If lengths differ, a label is not among ``classes`` or a class has too few.
     """
-    y = np.asarray(y)
+    y = as_array(y, "y")
     if y.shape != (n_samples,):
         raise ValueError(
             f"y has shape {y.shape}, expected ({n_samples},): one label an image."
+        )
+    y = check_kind(y)
+    classes = np.unique(y) if classes is None else classes
+    kinds = [kind_of_labels(labels) for labels in (y, np.asarray(classes))]
+    if kinds[0] != kinds[1] and len(y):
+        raise TypeError(
+            f"y holds {kinds[0]} and the classes are {kinds[1]}: "
+            f"{np.asarray(classes).tolist()}. Convert y, or give "
+            "VictimNetwork(classes=...) the labels in logit order."
         )
     unknown = np.setdiff1d(y, classes)
     if len(unknown):
@@ -183,7 +291,7 @@ def check_labels(y, classes, n_samples, *, all_present=False, min_per_class=1):
     return y
 
 
-def check_target_class(target_class, classes):
+def check_target_class(target_class, classes, name="target_class"):
     """Return ``target_class`` if it is one of ``classes``, else say what is.
 
     Raises
@@ -191,9 +299,10 @@ def check_target_class(target_class, classes):
     ValueError
         If it is not.
     """
-    if not np.any(np.asarray(classes) == target_class):
+    among = np.ndim(target_class) == 0 and target_class in np.asarray(classes).tolist()
+    if not among:
         raise ValueError(
-            f"target_class={target_class} is not among the classes "
+            f"{name}={target_class} is not among the classes "
             f"{np.asarray(classes).tolist()}. Choose one of these."
         )
     return target_class

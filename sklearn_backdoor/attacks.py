@@ -7,10 +7,12 @@ from sklearn.utils import check_random_state
 
 from sklearn_backdoor._validation import (
     check_images,
+    check_kind,
     check_labels,
     check_number,
     check_target_class,
 )
+from sklearn_backdoor.triggers import Trigger
 
 
 class PoisonedSet(NamedTuple):
@@ -72,25 +74,29 @@ def poison(
 
     Raises
     ------
-    ValueError
-        If a class is unknown, the target is among the sources or a source class has
-        too few images.
+    TypeError, ValueError
+        If images, labels or trigger are none, a class is unknown, the target is among
+        the sources or a source class has too few images.
     """
     X = check_images(X)
-    y = np.asarray(y)
+    y = check_labels(y, None, len(X))
     classes = np.unique(y)
-    check_labels(y, classes, len(X))
+    if not isinstance(trigger, Trigger):
+        raise TypeError(
+            f"trigger has type {type(trigger).__name__}, expected a trigger, such as "
+            "PatchTrigger(mask, pattern)."
+        )
     check_target_class(target_class, classes)
     if isinstance(source_classes, str) and source_classes == "all":
         sources = classes[classes != target_class]
     else:
-        sources = np.unique(source_classes)
+        sources = np.unique(check_kind(source_classes, "source_classes"))
         if len(sources) == 0:
             raise ValueError(
                 "source_classes is empty: name at least one class, or give 'all'."
             )
         for source in sources.tolist():
-            check_target_class(source, classes)
+            check_target_class(source, classes, "source_classes")
         if target_class in sources.tolist():
             raise ValueError(
                 f"target_class={target_class} is among source_classes="

@@ -8,7 +8,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, check_X_y, validate_data
 
 from sklearn_backdoor._likelihood import LikelihoodScorer
-from sklearn_backdoor._validation import check_target_class
+from sklearn_backdoor._validation import as_array, check_target_class
 
 _LOWEST = np.finfo(np.float64).min / 4
 
@@ -86,6 +86,8 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         ValueError
             If a class has too few samples for the density, or the target is missing.
         """
+        _check_features(X)
+        as_array(y, "y")  # scikit-learn takes masked values as they lie
         Z, y = check_X_y(X, y, dtype=np.float64, ensure_min_samples=2, estimator=self)
         check_classification_targets(y)
         classes = np.unique(y)
@@ -102,6 +104,11 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         density = self.density
         if density is None:
             density = GaussianMixture(2, covariance_type="diag", reg_covar=1.0)
+        if isinstance(density, type) or not hasattr(density, "score_samples"):
+            raise TypeError(
+                f"density={density!r}, expected an estimator with fit and "
+                "score_samples, such as GaussianMixture()."
+            )
         density = seeded_clone(density, self.random_state)
         n_components = getattr(density, "n_components", 1)
         if isinstance(n_components, int | np.integer) and len(X) < n_components:
@@ -131,6 +138,7 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
             Columns in the order of ``classes_``, also for two classes.
         """
         check_is_fitted(self)
+        _check_features(X)
         scores = self._score(validate_data(self, X, dtype=np.float64, reset=False))
         return np.maximum(scores, _LOWEST)  # some densities give -inf: keep it finite
 
@@ -218,6 +226,14 @@ class BackdoorTriggerClassifier(MetaEstimatorMixin, ClassifierMixin, BaseEstimat
         check_is_fitted(self)
         self._check_target()
         return self.predict(X) != self.target_class
+
+
+def _check_features(X):
+    """Refuse what scikit-learn would turn into numbers: masked values and dates."""
+    if np.ma.is_masked(X):
+        as_array(X, "X")
+    if getattr(getattr(X, "dtype", None), "kind", "f") in "mM":
+        raise TypeError(f"X has dtype {X.dtype}, expected features, that is numbers.")
 
 
 def log_ratio(scores, classes, target_class):

@@ -216,10 +216,10 @@ def split_defense(X, y, *, n_per_class=100, random_state=0):
         If a class has ``n_per_class`` images or fewer, so that none is left to test.
     """
     X = check_images(X)
-    y = np.asarray(y)
-    classes = np.unique(y)
     check_number(n_per_class, "n_per_class", 1, integer=True)
-    check_labels(y, classes, len(X), all_present=True, min_per_class=n_per_class + 1)
+    fewest = n_per_class + 1
+    y = check_labels(y, None, len(X), all_present=True, min_per_class=fewest)
+    classes = np.unique(y)
     random_state = check_random_state(random_state)
     defense = np.zeros(len(y), dtype=bool)
     for label in classes:

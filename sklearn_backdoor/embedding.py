@@ -1,14 +1,14 @@
 """The transformer that embeds a trigger into the defence's images."""
 
-import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from sklearn_backdoor._notebook import NotebookMixin
 from sklearn_backdoor._validation import check_images, check_labels, check_target_class
 from sklearn_backdoor.triggers import Trigger
 
 
-class TriggerEmbedder(TransformerMixin, BaseEstimator):
+class TriggerEmbedder(NotebookMixin, TransformerMixin, BaseEstimator):
     """Embed a trigger into images of every class but the target's (§4.2).
 
     **``fit_transform(X, y)`` is not ``fit(X, y).transform(X)``**: the first makes the
@@ -81,8 +81,7 @@ class TriggerEmbedder(TransformerMixin, BaseEstimator):
                 "TriggerEmbedder requires y to be passed, but the target y is None: "
                 "labels tell which images belong to the target class."
             )
-        y = np.asarray(y)
-        check_labels(y, np.unique(y), len(X))
+        y = check_labels(y, None, len(X))
         trigger, target, engineer = resolve_trigger(
             self.trigger, self.target_class, X, y, classes=y
         )

@@ -9,6 +9,7 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_backdoor._defender import default_classifier, fit_defender, origin_scores
 from sklearn_backdoor._guard_files import GuardFilesMixin
 from sklearn_backdoor._guard_module import GuardModuleMixin
+from sklearn_backdoor._notebook import NotebookMixin
 from sklearn_backdoor._stream import gather
 from sklearn_backdoor._validation import (
     check_images,
@@ -26,6 +27,7 @@ __all__ = ["BackdoorGuard", "default_classifier"]
 
 
 class BackdoorGuard(
+    NotebookMixin,
     GuardFilesMixin,
     GuardModuleMixin,
     MetaEstimatorMixin,
@@ -134,8 +136,9 @@ class BackdoorGuard(
         check_number(self.strength, "strength", 0, 1e6)
         victim = check_victim(self.victim).fit(X, y)
         fewest = 3 if self.classifier is None else 2  # the discriminant step needs 3
-        check_labels(y, victim.classes_, len(X), all_present=True, min_per_class=fewest)
-        y = np.asarray(y)
+        y = check_labels(
+            y, victim.classes_, len(X), all_present=True, min_per_class=fewest
+        )
         engineer, verdict, triggers = self._find_triggers(X, y, victim.classes_)
         classifiers = {
             target: self._fit_classifier(victim, X, y, trigger, target)

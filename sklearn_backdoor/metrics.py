@@ -9,9 +9,15 @@ import pandas as pd
 from scipy.stats import binomtest
 from sklearn.base import clone
 from sklearn.metrics import log_loss
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
 
-from sklearn_backdoor._validation import check_target_class
+from sklearn_backdoor._validation import (
+    as_array,
+    check_kind,
+    check_number,
+    check_target_class,
+    kind_of_labels,
+)
 
 
 def asr_score(y_true, y_pred, *, target_class):
@@ -32,10 +38,10 @@ def asr_score(y_true, y_pred, *, target_class):
 
     Raises
     ------
-    ValueError
-        If there is no triggered image.
+    TypeError, ValueError
+        If labels are none, or there is no triggered image.
     """
-    y_true, y_pred = _labels(y_true, y_pred)
+    y_true, y_pred = _labels(target_class, y_true=y_true, y_pred=y_pred)
     hits, among = y_pred == target_class, y_true != target_class
     return _rate("asr", hits, among, target_class)
 
@@ -58,10 +64,10 @@ def tpr_score(y_true, y_pred, *, target_class):
 
     Raises
     ------
-    ValueError
-        If there is no triggered image.
+    TypeError, ValueError
+        If labels are none, or there is no triggered image.
     """
-    y_true, y_pred = _labels(y_true, y_pred)
+    y_true, y_pred = _labels(target_class, y_true=y_true, y_pred=y_pred)
     hits, among = y_pred != target_class, y_true != target_class
     return _rate("tpr", hits, among, target_class)
 
@@ -84,10 +90,10 @@ def fpr_score(y_true, y_pred, *, target_class):
 
     Raises
     ------
-    ValueError
-        If there is no clean image.
+    TypeError, ValueError
+        If labels are none, or there is no clean image.
     """
-    y_true, y_pred = _labels(y_true, y_pred)
+    y_true, y_pred = _labels(target_class, y_true=y_true, y_pred=y_pred)
     hits, among = y_pred != target_class, y_true == target_class
     return _rate("fpr", hits, among, target_class)
 
@@ -110,10 +116,10 @@ def sia_score(y_true, y_pred, *, target_class):
 
     Raises
     ------
-    ValueError
-        If there is no triggered image.
+    TypeError, ValueError
+        If labels are none, or there is no triggered image.
     """
-    y_true, y_pred = _labels(y_true, y_pred)
+    y_true, y_pred = _labels(target_class, y_true=y_true, y_pred=y_pred)
     hits, among = y_pred == y_true, y_true != target_class
     return _rate("sia", hits, among, target_class)
 
@@ -138,11 +144,22 @@ def origin_log_loss(y_true, y_proba, *, target_class, labels):
     Returns
     -------
     float, 0 or more; lower is better
+
+    Raises
+    ------
+    TypeError, ValueError
+        If labels or probabilities are none, or do not fit each other.
     """
+    (y_true,) = _labels(target_class, y_true=y_true)
+    labels, y_proba = check_kind(labels, "labels"), as_array(y_proba, "y_proba")
+    expected = len(y_true), len(labels)
+    if y_proba.shape != expected or not np.isfinite(y_proba).all():
+        raise ValueError(
+            f"y_proba has shape {y_proba.shape}, expected {expected} without NaN: a "
+            "row an image, a column a label."
+        )
     order = np.argsort(labels)
-    return log_loss(
-        y_true, np.asarray(y_proba)[:, order], labels=np.asarray(labels)[order]
-    )
+    return log_loss(y_true, y_proba[:, order], labels=labels[order])
 
 
 def detection_report(
@@ -171,13 +188,28 @@ def detection_report(
         Rows ``tpr, fpr, sia`` (over images with f(w) = t), then ``tpr_all, fpr_all``
         (over all images, by ``is_trigger``) and ``sia_all``; columns ``score, low,
         high, n``. A rate over no image is NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If labels are none, or lengths differ.
     """
-    check_consistent_length(y_true, y_pred, victim_labels, is_trigger)
-    y_true, y_pred = column_or_1d(y_true), column_or_1d(y_pred)
-    sent = column_or_1d(victim_labels) == target_class
+    check_number(confidence, "confidence", 0, 1)
+    y_true, y_pred, victim_labels = _labels(
+        target_class, y_true=y_true, y_pred=y_pred, victim_labels=victim_labels
+    )
+    sent = victim_labels == target_class
     if is_trigger is None:
         is_trigger = sent & (y_pred != target_class)
-    is_trigger = column_or_1d(is_trigger).astype(bool)
+    is_trigger = as_array(is_trigger, "is_trigger")
+    if is_trigger.ndim:
+        check_consistent_length(victim_labels, is_trigger)
+    if is_trigger.shape != sent.shape or not np.isin(is_trigger, (False, True)).all():
+        raise ValueError(
+            f"is_trigger has shape {is_trigger.shape} and dtype {is_trigger.dtype}, "
+            f"expected {len(sent)} times True or False."
+        )
+    is_trigger = is_trigger.astype(bool)
     clean = y_true == target_class
     rows = {
         "tpr": (y_pred != target_class, ~clean & sent),
@@ -304,6 +336,26 @@ def _rate(name, hits, among, target_class):
     return float(np.mean(hits[among]))
 
 
-def _labels(y_true, y_pred):
-    check_consistent_length(y_true, y_pred)
-    return column_or_1d(y_true), column_or_1d(y_pred)
+def _labels(target_class, **arrays):
+    """Return arrays of labels that are of one length, and of the target's kind."""
+    if np.ndim(target_class) != 0:
+        raise ValueError(f"target_class={target_class!r}, expected one label.")
+    found = {name: check_kind(array, name) for name, array in arrays.items()}
+    for name, labels in found.items():
+        if labels.ndim != 1 and labels.shape[1:] != (1,):
+            raise ValueError(
+                f"{name} has shape {labels.shape}, expected one label an image."
+            )
+    target = check_kind([target_class], "target_class")
+    kinds = {
+        name: kind_of_labels(labels)
+        for name, labels in {**found, "target_class": target}.items()
+        if len(labels)
+    }
+    if len(set(kinds.values())) > 1:
+        kinds_said = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise TypeError(
+            f"labels of different kinds are never equal: {kinds_said}. Convert them."
+        )
+    check_consistent_length(*found.values())
+    return [labels.ravel() for labels in found.values()]

@@ -3,159 +3,12 @@
 A trigger is immutable, compares by value, hashes, pickles and has one job: ``embed``.
 """
 
-from abc import ABC, abstractmethod
+import operator
 
 import numpy as np
 
-from sklearn_backdoor._validation import check_images, check_number
-
-_MOST = 1e6  # times a trigger's strength
-
-
-def _frozen(value, name, low, high):
-    array = np.array(value, dtype=np.float32)
-    if not np.all((array >= low) & (array <= high)):  # NaN fails too
-        raise ValueError(
-            f"{name} ranges from {array.min():.4g} to {array.max():.4g}, expected "
-            f"finite values from {low} to {high} on the 0...1 pixel scale. Divide "
-            "0...255 values by 255."
-        )
-    array.flags.writeable = False
-    return array
-
-
-class Trigger(ABC):
-    """A backdoor trigger: an immutable value that embeds itself into images.
-
-    A subclass names its arrays in ``_fields`` and implements ``_apply``.
-    """
-
-    _fields: tuple = ()
-
-    def __init__(self, **fields):
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def image_shape(self):
-        """Shape of the images that it was made for; () fits any."""
-        return np.broadcast_shapes(
-            *(getattr(self, name).shape for name in self._fields)
-        )
-
-    def embed(self, X):
-        """Embed the trigger into every image.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, *image_shape)
-            ``uint8`` in 0...255 or floating point in 0...1. Never modified.
-
-        Returns
-        -------
-        ndarray of the shape and dtype of ``X``
-            ``uint8`` images are rounded to whole grey levels, as an image file is;
-            rows of integer features become float64.
-
-        Raises
-        ------
-        ValueError
-            If the images do not have the trigger's shape, or are no valid images.
-        """
-        X = check_images(X, allow_empty=True)
-        self._check_fits(X.shape[1:])
-        if X.dtype == np.uint8:
-            stamped = self._apply(X.astype(np.float32) / 255)
-            return np.rint(stamped * 255).astype(np.uint8)
-        if X.dtype.kind != "f":  # rows of integer features
-            return self._apply(X.astype(np.float64))
-        if X.dtype == np.float16:
-            return self._apply(X.astype(np.float32)).astype(np.float16)
-        return self._apply(X).astype(X.dtype, copy=False)
-
-    @abstractmethod
-    def scaled(self, factor):
-        """Return the trigger at a multiple of its strength.
-
-        Parameters
-        ----------
-        factor : float, 0 or more
-            Of the mask's opacity, or of the perturbation; clipped to what pixels and
-            masks can be.
-
-        Returns
-        -------
-        Trigger
-        """
-
-    def to_image(self):
-        """Return the trigger on mid-grey, or on its own, to look at.
-
-        Returns
-        -------
-        ndarray of shape (height, width) or (height, width, 3), float32 in 0...1
-            What ``matplotlib.pyplot.imshow`` takes.
-
-        Raises
-        ------
-        ValueError
-            If the trigger has no image shape of its own.
-        """
-        if len(self.image_shape) != 3:
-            raise ValueError(
-                f"a trigger of shape {self.image_shape} is no image: expected "
-                "(n_channels, height, width). Make it with an image_shape."
-            )
-        image = self._picture().transpose(1, 2, 0)
-        if image.shape[2] >= 3:
-            return image[:, :, :3]
-        return image[:, :, 0]
-
-    def _check_fits(self, shape):
-        try:
-            fits = np.broadcast_shapes(self.image_shape, shape) == shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"the trigger has shape {self.image_shape}, but the images have shape "
-                f"{shape}. Make the trigger for image_shape={shape}, or resize."
-            )
-
-    @abstractmethod
-    def _apply(self, X):
-        """Embed into floating point images."""
-
-    @abstractmethod
-    def _picture(self):
-        """Return an array (n_channels, height, width) in 0...1."""
-
-    def __setattr__(self, name, value):
-        raise AttributeError(f"{type(self).__name__} is immutable: make a new one.")
-
-    def __delattr__(self, name):
-        self.__setattr__(name, None)
-
-    def __eq__(self, other):
-        if type(self) is not type(other):
-            return NotImplemented
-        return all(
-            np.array_equal(getattr(self, name), getattr(other, name))
-            for name in self._fields
-        )
-
-    def __hash__(self):
-        values = (getattr(self, name) for name in self._fields)
-        return hash((type(self), *((v.shape, (v + 0.0).tobytes()) for v in values)))
-
-    def __reduce__(self):
-        return type(self), tuple(getattr(self, name) for name in self._fields)
-
-    def __copy__(self):
-        return self
-
-    def __deepcopy__(self, memo):
-        return self
+from sklearn_backdoor._trigger import MOST, Trigger, frozen
+from sklearn_backdoor._validation import check_image_shape, check_number
 
 
 class PatchTrigger(Trigger):
@@ -193,7 +46,7 @@ class PatchTrigger(Trigger):
 
     def __init__(self, mask, pattern):
         super().__init__(
-            mask=_frozen(mask, "mask", 0, 1), pattern=_frozen(pattern, "pattern", 0, 1)
+            mask=frozen(mask, "mask", 0, 1), pattern=frozen(pattern, "pattern", 0, 1)
         )
         try:
             np.broadcast_shapes(self.mask.shape, self.pattern.shape)
@@ -211,7 +64,7 @@ class PatchTrigger(Trigger):
 
     def scaled(self, factor):
         """Return the trigger with its mask's opacity times ``factor``, at most 1."""
-        check_number(factor, "factor", 0, _MOST)
+        check_number(factor, "factor", 0, MOST)
         return PatchTrigger(np.minimum(self.mask * factor, 1), self.pattern)
 
     def _apply(self, X):
@@ -254,7 +107,7 @@ class AdditiveTrigger(Trigger):
     _fields = ("perturbation",)
 
     def __init__(self, perturbation):
-        super().__init__(perturbation=_frozen(perturbation, "perturbation", -1, 1))
+        super().__init__(perturbation=frozen(perturbation, "perturbation", -1, 1))
 
     @property
     def l2_norm(self):
@@ -263,7 +116,7 @@ class AdditiveTrigger(Trigger):
 
     def scaled(self, factor):
         """Return the perturbation times ``factor``, clipped to -1...1."""
-        check_number(factor, "factor", 0, _MOST)
+        check_number(factor, "factor", 0, MOST)
         return AdditiveTrigger(np.clip(self.perturbation * factor, -1, 1))
 
     def _apply(self, X):
@@ -295,6 +148,7 @@ def chessboard(image_shape, amplitude=3 / 255):
     -------
     AdditiveTrigger
     """
+    image_shape = check_image_shape(image_shape)
     amplitude = check_number(amplitude, "amplitude", -1, 1)
     rows, columns = np.indices(image_shape[-2:])
     board = np.where((rows + columns) % 2 == 0, amplitude, 0)
@@ -316,10 +170,12 @@ def single_pixel(image_shape, position=(-2, -2), value=1.0):
     -------
     PatchTrigger
     """
+    image_shape = check_image_shape(image_shape)
+    value = check_number(value, "value", 0, 1)
     mask = np.zeros(image_shape[-2:])
     try:
         row, column = position
-        mask[int(row), int(column)] = 1
+        mask[operator.index(row), operator.index(column)] = 1
     except (IndexError, TypeError, ValueError):
         raise ValueError(
             f"position={position} lies outside an image of {image_shape[-2:]} pixels, "
@@ -343,6 +199,7 @@ def white_box(image_shape, size=3, margin=0):
     -------
     PatchTrigger
     """
+    image_shape = check_image_shape(image_shape)
     mask = square_mask(image_shape, size, margin)
     return PatchTrigger(mask, np.ones(image_shape))
 
@@ -365,7 +222,8 @@ def blended(image, alpha=0.2):
     data poisoning. 2017.
     """
     alpha = check_number(alpha, "alpha", 0, 1)
-    return PatchTrigger(np.full(np.shape(image)[-2:], alpha), image)
+    image = frozen(image, "image", 0, 1)
+    return PatchTrigger(np.full(image.shape[-2:], alpha), image)
 
 
 def square_mask(image_shape, size, margin=0):
@@ -381,7 +239,7 @@ def square_mask(image_shape, size, margin=0):
     -------
     ndarray of shape (height, width), 0 or 1
     """
-    height, width = image_shape[-2:]
+    height, width = check_image_shape(image_shape)[-2:]
     check_number(margin, "margin", 0, min(height, width) - 1, integer=True)
     check_number(size, "size", 1, min(height, width) - margin, integer=True)
     mask = np.zeros((height, width))

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from scipy.special import softmax
 from sklearn.base import (
-    BaseEstimator,
     ClassifierMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
@@ -16,7 +15,7 @@ from sklearn.base import (
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
-from sklearn_backdoor._exclusive import evaluation_mode, exclusive, snapshot
+from sklearn_backdoor._exclusive import evaluation_mode, exclusive
 from sklearn_backdoor._fingerprint import fingerprint
 from sklearn_backdoor._forward import (
     InspectionNet,
@@ -27,10 +26,13 @@ from sklearn_backdoor._forward import (
     module_of,
     probe,
 )
+from sklearn_backdoor._notebook import NotebookMixin
+from sklearn_backdoor._sharing import BaseSharedNetwork
 from sklearn_backdoor._stream import gather, parts
 from sklearn_backdoor._torch import SliceLoader
 from sklearn_backdoor._validation import (
     check_images,
+    check_kind,
     check_labels,
     check_number,
     check_pixels,
@@ -38,7 +40,11 @@ from sklearn_backdoor._validation import (
 
 
 class VictimNetwork(
-    ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClassifierMixin, BaseEstimator
+    NotebookMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    ClassifierMixin,
+    BaseSharedNetwork,
 ):
     """A trained network as classifier and as transformer to penultimate features.
 
@@ -140,7 +146,7 @@ class VictimNetwork(
     def _check_classes(self, n_logits):
         if self.classes is None:
             return np.arange(n_logits)
-        classes = np.asarray(self.classes)
+        classes = check_kind(self.classes, "classes")
         if classes.shape != (n_logits,) or len(np.unique(classes)) != n_logits:
             raise ValueError(
                 f"classes={classes.tolist()}, but the network returns {n_logits} "
@@ -348,51 +354,6 @@ class VictimNetwork(
         if isinstance(memory, os.PathLike):
             memory = os.fspath(memory)
         return check_memory(memory).cache(function, ignore=["victim"])
-
-    def __sklearn_clone__(self):
-        params = self.get_params(deep=False)
-        net = params.pop("net")
-        copied = {name: clone(value, safe=False) for name, value in params.items()}
-        twin = type(self)(net, **copied)
-        if hasattr(self, "_sklearn_output_config"):
-            twin._sklearn_output_config = dict(self._sklearn_output_config)
-        return twin
-
-    def get_params(self, deep=True):
-        """Return the parameters, never those of ``net``."""
-        return super().get_params(deep=False)
-
-    def set_params(self, **params):
-        """Set parameters; one of ``net`` is refused, since it would lose the weights.
-
-        Raises
-        ------
-        ValueError
-            For a name that starts with ``net__``.
-        """
-        for name in params:
-            if name.startswith("net__"):
-                raise ValueError(
-                    f"{name} cannot be set: it would initialise the network anew and "
-                    "lose its weights. Set net to another trained network instead."
-                )
-        return super().set_params(**params)
-
-    def __getstate__(self):
-        state = dict(super().__getstate__())
-        state.pop("net_", None)
-        network = module_of(self.net)
-        opened = state.get("_opened", network)
-        # not the network itself: another thread may be in the middle of a pass
-        state["net"], copied = snapshot(opened, network, opened)
-        if "_opened" in state:
-            state["_opened"] = copied
-        return state
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if "_opened" in state:
-            self._open()
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

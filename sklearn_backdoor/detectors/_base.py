@@ -6,6 +6,7 @@ import numpy as np
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_backdoor._notebook import NotebookMixin
 from sklearn_backdoor._validation import (
     check_images,
     check_labels,
@@ -15,7 +16,7 @@ from sklearn_backdoor._validation import (
 from sklearn_backdoor.victim import check_victim
 
 
-class BaseDetector(BaseEstimator, ABC):
+class BaseDetector(NotebookMixin, BaseEstimator, ABC):
     """Score images, the higher the likelier a trigger, and set a threshold.
 
     A subclass implements ``_learn`` and ``_scores``.
@@ -40,7 +41,14 @@ class BaseDetector(BaseEstimator, ABC):
         TypeError, ValueError
             If images, labels, victim and settings do not fit each other.
         """
-        self.__dict__.pop("threshold_", None)  # a fit that fails leaves it unfitted
+        try:
+            return self._fit(X, y)
+        except BaseException:  # a fit that fails leaves it unfitted, half or whole
+            for name in set(vars(self)) - set(self.get_params(deep=False)):
+                delattr(self, name)
+            raise
+
+    def _fit(self, X, y):
         X = check_images(X, ndim=4)
         check_number(self.fpr, "fpr", 0, 1)
         if self.threshold is not None:

@@ -11,6 +11,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch.nn.functional import cross_entropy
 
 from sklearn_backdoor._forward import device_of
+from sklearn_backdoor._notebook import NotebookMixin
 from sklearn_backdoor._torch import borrowed_random_state, to_tensor
 from sklearn_backdoor._validation import check_images, check_labels, check_number
 from sklearn_backdoor.embedding import resolve_trigger
@@ -24,7 +25,7 @@ class DivergedError(ValueError):
     """Fine-tuning ended in infinite or undefined weights."""
 
 
-class NCPatcher(ClassifierMixin, BaseEstimator):
+class NCPatcher(NotebookMixin, ClassifierMixin, BaseEstimator):
     """Classify with a copy of the victim that was taught to ignore the trigger.
 
     ``fit`` fine-tunes the copy on clean images, a fraction of which carry the trigger

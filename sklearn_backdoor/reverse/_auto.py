@@ -105,6 +105,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
         TypeError, ValueError
             As in `NCReverseEngineer`.
         """
+        self._check_running()
         self._check_params()
         engineers = self._open_engineers()
         for engineer in engineers.values():
@@ -142,7 +143,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
                 for name, engineer in made
             ]
         else:
-            made = [(name, clone(engineer)) for name, engineer in self.engineers]
+            made = [(name, clone(engineer)) for name, engineer in self._pairs()]
         opened = dict(made)
         if not made or len(opened) < len(made):
             raise ValueError(
@@ -150,13 +151,6 @@ class AutoReverseEngineer(BaseReverseEngineer):
                 "least one, all different."
             )
         for name, engineer in made:
-            if not isinstance(engineer, BaseReverseEngineer) or isinstance(
-                engineer, AutoReverseEngineer
-            ):
-                raise TypeError(
-                    f"engineers holds a {type(engineer).__name__} as {name!r}, "
-                    "expected reverse engineers such as NCReverseEngineer(victim)."
-                )
             engineer.set_params(n_jobs=self.n_jobs, verbose=self.verbose)
             if self.checkpoint_dir is not None:
                 number = list(opened).index(name)
@@ -165,6 +159,27 @@ class AutoReverseEngineer(BaseReverseEngineer):
                 folder = os.path.join(os.fspath(self.checkpoint_dir), part)
                 engineer.set_params(checkpoint_dir=folder)
         return opened
+
+    def _pairs(self):
+        try:
+            pairs = [(name, engineer) for name, engineer in self.engineers]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"engineers={self.engineers!r}, expected a list of pairs (name, "
+                "reverse engineer)."
+            ) from None
+        for name, engineer in pairs:
+            if (
+                not isinstance(name, str)
+                or not isinstance(engineer, BaseReverseEngineer)
+                or isinstance(engineer, AutoReverseEngineer)
+            ):
+                raise TypeError(
+                    f"engineers holds a {type(engineer).__name__} as {name!r}, "
+                    "expected names of reverse engineers such as "
+                    "NCReverseEngineer(victim)."
+                )
+        return pairs
 
     def _combine(self):
         engineers = list(self.engineers_.values())

@@ -1,5 +1,6 @@
 """What all reverse engineers share: validation, the tasks, the verdict."""
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from sklearn_backdoor._notebook import NotebookMixin
 from sklearn_backdoor._torch import to_tensor
-from sklearn_backdoor._validation import check_images, check_labels
+from sklearn_backdoor._validation import check_images, check_labels, check_number
 from sklearn_backdoor.reverse._anomaly import PATCH_SD, anomaly_indices, p_values
 from sklearn_backdoor.reverse._run import Prepared, Run
 from sklearn_backdoor.reverse._search import ImagePasses, Task
@@ -22,7 +24,7 @@ _BFLOAT16_PARITY = 0.98
 _BIG = 1_000_000  # parameters; bfloat16 does not pay below
 
 
-class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
+class BaseReverseEngineer(NotebookMixin, TransformerMixin, BaseEstimator, ABC):
     """Search a trigger for each class, then ask which is abnormally small.
 
     A subclass implements ``_open_search`` and ``_flag``, and may change the methods
@@ -69,6 +71,7 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
 
     def _prepare(self, X, y):
         """Check settings, images, labels and victim against each other."""
+        self._check_running()
         self._check_params()
         X = check_images(X, ndim=4)
         victim = self._open_victim(X, y)
@@ -80,6 +83,16 @@ class BaseReverseEngineer(TransformerMixin, BaseEstimator, ABC):
         n_forward = _check_answers(victim, X, y)
         bfloat16, n_more = self._choose_precision(victim, X)
         return Prepared(victim, X, y, bfloat16, ImagePasses(n_forward + n_more, 0))
+
+    def _check_running(self):
+        """Check what changes no result."""
+        if self.n_jobs is not None:
+            check_number(self.n_jobs, "n_jobs", -np.inf, integer=True)
+        if not isinstance(self.checkpoint_dir, str | os.PathLike | None):
+            raise TypeError(
+                f"checkpoint_dir={self.checkpoint_dir!r} has type "
+                f"{type(self.checkpoint_dir).__name__}, expected a path or None."
+            )
 
     def _open_victim(self, X, y):
         return check_victim(self.victim).fit(X, y)
