@@ -101,8 +101,8 @@ pd.DataFrame([figures for _, figures in results]).round(3)
 # %%
 # ACC and ASR hardly suffer. The guard still rejects the triggered images, but many
 # clean ones with them, and names the source less often: the densities overlap. The
-# trigger itself is as small as before, so the search still finds it. With such an FPR on
-# clean images, do not use the network at all.
+# trigger itself is as small as before, so the search still finds it. With such an FPR
+# on clean images, do not use the network at all.
 #
 # In the features
 # ---------------
