@@ -77,8 +77,9 @@ def make_guard(n_per_class=20):
     """
     torch.manual_seed(0)
     network = LeNet5(image_shape=IMAGE_SHAPE).eval()
+    last = [m for m in network.modules() if isinstance(m, torch.nn.Linear)][-1]
     with torch.no_grad():
-        network.classifier[-1].bias[9] += 1e3
+        last.bias[9] += 1e3
     rng = np.random.default_rng(0)
     images = rng.random((10 * n_per_class, *IMAGE_SHAPE), dtype=np.float32)
     y = np.tile(np.arange(10), n_per_class)

@@ -89,6 +89,11 @@ class BackdoorGuard(
     n_images_ : int
         Images in D_Defense.
 
+    Notes
+    -----
+    Threads and processes give bit-identical answers where torch and BLAS compute with
+    as many threads: sums are rounded by how they are split.
+
     References
     ----------
     Li, Xiang, Miller, Kesidis: Test-time detection of backdoor triggers for poisoned
