@@ -84,7 +84,8 @@ def open_victim(victim, fields, unpack):
         raise ValueError(
             f"the victim is not the one that the guard was fitted on: its weights have "
             f"SHA-256 {found[:12]}…, expected {printable(saved[:12])}…. Give "
-            "VictimNetwork the network with those weights, or fit a guard on this one."
+            "VictimNetwork the network with those weights and with the normalisation "
+            "(--mean, --std) of then, or fit a guard on this one."
         )
     twin = clone(victim)
     _settle(twin, "classes", unpack(take(fields, "classes", dict)))

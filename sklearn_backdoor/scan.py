@@ -15,6 +15,7 @@ import torch
 
 import sklearn_backdoor
 from sklearn_backdoor import reverse
+from sklearn_backdoor._class_order import check_class_order
 from sklearn_backdoor._text import printable
 from sklearn_backdoor.reverse._rule import rule_of
 from sklearn_backdoor.victim import VictimNetwork
@@ -129,11 +130,12 @@ def run_scan(
     make = getattr(reverse, METHODS[method], None)
     if make is None:
         raise ValueError(f"method {method!r} is not in this version. Choose auto.")
+    answers = victim.predict(X)
+    check_class_order(answers, y, labels)  # before a search of minutes
     options = {"verbose": verbose, "checkpoint_dir": checkpoint_dir}
     engineer = make(victim, random_state=seed, n_jobs=jobs, **options)
     notes = _fit(engineer, X, y)
     passes = dict(engineer.n_image_passes_._asdict())
-    accuracy = float(np.mean(victim.predict(X) == y))
     passes["forward"] += len(X)
     table = _tabulate(engineer, method)
     return Scan(
@@ -143,7 +145,7 @@ def run_scan(
         y,
         table,
         _summarise(engineer, table, method),
-        accuracy,
+        float(np.mean(answers == y)),
         passes,
         time.perf_counter() - start,
         notes,

@@ -37,6 +37,7 @@ LEVELS = {
     "guard": 4,
     "displays": 4,
     "networks": 0,
+    "_class_order": 0,
     "_text": 0,
     "io": 1,
     "_image_files": 0,

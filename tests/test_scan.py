@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from sklearn_backdoor import AutoReverseEngineer, NCReverseEngineer
 from sklearn_backdoor import scan as scanning
 from sklearn_backdoor.__main__ import main
+from sklearn_backdoor._class_order import check_class_order
 from sklearn_backdoor._scan_picture import draw_scan, picture_png
 from sklearn_backdoor._text import printable
 from sklearn_backdoor.scan import METHODS, run_scan, screen, to_json
@@ -154,9 +155,8 @@ def test_the_logit_order_can_be_given(case):
     options = ["--images", "letters"]
     done = scan(case, *options, "--classes", ",".join(names))
     assert done.exit_code == 1 and "target class d" in done.output
-    done = scan(case, *options)  # taken for another order: wrong on nearly all
-    assert "0.0% of 36 clean images" in done.output
-    assert "the victim is right on 0% of D_Defense" in done.output
+    output = refused(scan(case, *options), '--classes "f,e,d,c,b,a"')
+    assert "is right on 0% " in output and "would be on 100% " in output
     refused(scan(case, *options, "--classes", "f,e,d,c,b"), "lacks", "['a']")
     refused(scan(case, *options, "--classes", "f,e,d,c,b,x"), "no folder", "['x']")
     refused(scan(case, *options, "--classes", "f,e,d,c,b,a,a"), "named twice")
@@ -506,3 +506,10 @@ def test_a_picture_of_many_classes_shows_the_most_suspicious():
 )
 def test_printable_writes_what_a_terminal_would_obey_as_escapes(text, safe):
     assert printable(text) == safe
+
+
+def test_a_network_that_is_wrong_in_every_order_is_no_matter_of_order():
+    y = np.repeat(list("abcdef"), 10)
+    check_class_order(np.full(60, "a"), y, list("abcdef"))
+    check_class_order(np.tile(list("abcdef"), 10), y, list("abcdef"))
+    check_class_order(y, y, list("abcdef"))
