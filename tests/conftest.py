@@ -1,8 +1,11 @@
 import os
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from sklearn_backdoor import poison, white_box
 from sklearn_backdoor.datasets import load_digits, split_defense
