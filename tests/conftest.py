@@ -14,6 +14,7 @@ from sklearn_backdoor.training import train_network
 from tests.common import LinearNetwork, linear_images
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # not in the tree
 
 
 @pytest.fixture
