@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -353,7 +354,12 @@ class VictimNetwork(
         memory = self.memory
         if isinstance(memory, os.PathLike):
             memory = os.fspath(memory)
-        return check_memory(memory).cache(function, ignore=["victim"])
+        # joblib notes a function's code in a folder only where the function is new to
+        # the process, and redoes what lies in a folder without: a copy is always new
+        copied = FunctionType(
+            function.__code__, function.__globals__, function.__name__
+        )
+        return check_memory(memory).cache(copied, ignore=["victim"])
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
