@@ -147,15 +147,20 @@ path, dtype, n_few, n_many = *sys.argv[1:3], *map(int, sys.argv[3:])
 guard = make_guard(n_per_class=5)
 X = np.lib.format.open_memmap(path, "w+", dtype, (n_many, *IMAGE_SHAPE))
 guard.predict(X[:n_few])
-peaks = [measure_peak(guard.predict, X[:n]) for n in (n_few, n_many)]
+peaks = []
+for _ in range(3):  # a peak that happens to be higher is no growth: the lowest count
+    peaks.append([measure_peak(guard.predict, X[:n])["peak"] for n in (n_few, n_many)])
+    few, many = np.min(peaks, axis=0).tolist()
+    if many - few < 0.3 * X[n_few:].nbytes:
+        break
 held = measure_peak(lambda X: np.ones(8_000_000).sum(), X)  # 64 MB
-print(json.dumps([*peaks, held]))
+print(json.dumps([many - few, X[n_few:].nbytes, held]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    "dtype, n_few, n_many", [("uint8", 2000, 20_000), ("float32", 2000, 6000)]
+    "dtype, n_few, n_many", [("uint8", 2000, 20_000), ("float32", 2000, 8000)]
 )
 def test_memory_is_flat_over_a_memory_map(tmp_path, dtype, n_few, n_many):
     arguments = [tmp_path / "images.npy", dtype, str(n_few), str(n_many)]
@@ -165,10 +170,9 @@ def test_memory_is_flat_over_a_memory_map(tmp_path, dtype, n_few, n_many):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    few, many, held = json.loads(done.stdout)
-    assert abs(many["peak"] / few["peak"] - 1) < 0.05
-    # 55 MB of images that came (as uint8), and 49 (as float32), do not stay either
-    assert many["peak"] - few["peak"] < 20e6
+    grown, n_bytes, held = json.loads(done.stdout)
+    # 55 MB of images that came (as uint8), and 74 (as float32), do not stay
+    assert grown < 0.3 * n_bytes
     assert held["peak"] - held["before"] > 60e6  # the watch sees what there is to see
 
 
