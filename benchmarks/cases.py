@@ -94,7 +94,9 @@ class Case:
         if self.ready is None:
             # a quick look is never taken for the budget itself
             self.budget = budget if epochs is None else f"{budget}, {epochs} epochs"
-            self.recipe = make_recipe(cell, budget, self.data, epochs=epochs)
+            self.recipe = make_recipe(
+                cell, budget, self.data, epochs=epochs, device=device
+            )
         else:
             self.budget = "ready"
             self.recipe = {"ready": cell.name, "sha256": file_digest(self.ready)}

@@ -60,6 +60,18 @@ class SliceLoader:
             yield to_tensor(X[rows]), target
 
 
+def processor_has_bfloat16():
+    """Tell whether this processor computes in bfloat16 without imitating it slowly.
+
+    Returns
+    -------
+    bool
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def torch_generator(random_state):
     """Make a ``torch.Generator`` from anything scikit-learn takes as random state."""
     seed = check_random_state(random_state).randint(np.iinfo(np.int32).max)

@@ -379,3 +379,13 @@ def test_recipes_hold_what_makes_a_victim_and_not_where_it_lies(tmp_path):
     colour = recipes.Cell("cifar10", "chessboard", False, 0)
     assert recipes.make_recipe(colour, "cpu", data)["augment"] == ["even-crop"]
     assert recipes.make_recipe(colour, "paper", data)["amplitude"] == 3 / 255
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_only_a_processor_that_has_bfloat16_trains_in_it(has, monkeypatch):
+    monkeypatch.setattr(recipes, "processor_has_bfloat16", lambda: has)
+    data = load_digits(image_size=28)
+    cell = recipes.Cell("cifar10", "white-box", False, 0)
+    assert recipes.make_recipe(cell, "cpu", data)["bfloat16"] is has
+    assert recipes.make_recipe(cell, "cpu", data, device="cuda")["bfloat16"] is True
+    assert recipes.make_recipe(cell, "paper", data)["bfloat16"] is False

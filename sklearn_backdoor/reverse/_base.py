@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_backdoor._notebook import NotebookMixin
-from sklearn_backdoor._torch import to_tensor
+from sklearn_backdoor._torch import processor_has_bfloat16, to_tensor
 from sklearn_backdoor._validation import check_images, check_labels, check_number
 from sklearn_backdoor.reverse._anomaly import PATCH_SD, anomaly_indices, p_values
 from sklearn_backdoor.reverse._run import Prepared, Run
@@ -254,7 +254,8 @@ def _bfloat16_holds(victim, X):
     """Return whether bfloat16 pays and gives the same labels, and the passes taken."""
     network = victim.network_
     n_parameters = sum(parameter.numel() for parameter in network.parameters())
-    if n_parameters < _BIG or not _has_bfloat16(victim.device_):
+    on_processor = victim.device_.type == "cpu"  # not tried on other devices
+    if n_parameters < _BIG or not on_processor or not processor_has_bfloat16():
         return False, 0
     images = to_tensor(X[:: -(-len(X) // 64)], victim.device_)
     with torch.no_grad():
@@ -265,11 +266,3 @@ def _bfloat16_holds(victim, X):
     same = (rounded.argmax(1) == exact).float().mean()
     holds = bool(same >= _BFLOAT16_PARITY) and not rounded.isnan().any()
     return bool(holds), 2 * len(images)
-
-
-def _has_bfloat16(device):
-    if device.type != "cpu":
-        return False  # not tried on other devices
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
