@@ -6,9 +6,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.results import read
 from sklearn_backdoor.metrics import wilson_interval
-from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values
+from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values, rank_by_p
+from sklearn_backdoor.reverse._auto import default_engineers
 
 STRONG = 0.9  # attack success rate from which an attack ought to be found
+_ALPHA = 0.05
 _KINDS = [
     (attack, single)
     for attack in ("white-box", "single-pixel", "chessboard", "blended")
@@ -39,7 +41,7 @@ def report_scan(results):
     str
     """
     parts = [
-        _population(_load(results, "population")),
+        _population([_judged(r) for r in _load(results, "population")]),
         _cost(_load(results, "cost")),
         _classes(_load(results, "classes")),
         _shared(_load(results, "shared")),
@@ -54,6 +56,25 @@ def _rate(hits, total):
         return "-"
     low, high = wilson_interval(hits, total)
     return f"{hits}/{total} = {hits / total:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _judged(record):
+    """Return a line with the verdict of the present rule on the norms that it holds."""
+    p, methods = [], {}
+    for name, engineer in default_engineers(None):
+        seen = record["config"]["methods"][name]
+        norms, converged = seen["norms"], seen["converged"]
+        p.append(p_values(norms, converged, prior_sd=engineer._prior_sd))
+        flagged = rank_by_p(p[-1], _ALPHA).tolist()
+        methods[name] = {**seen, "flagged_alone": flagged}
+    smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
+    flagged = rank_by_p(smallest * len(p), _ALPHA).tolist()
+    return {
+        **record,
+        "config": {**record["config"], "methods": methods},
+        "flagged": flagged,
+        "found": flagged[0] if flagged else None,
+    }
 
 
 def _population(records):
@@ -120,10 +141,26 @@ def _population(records):
         "",
         f"{len(records)} small victims, {len(strong)} of them with an ASR of {STRONG} "
         "or more; in brackets 95 % Wilson intervals; by kind: the right target found. "
+        "Judged by the present rule from the norms of the lines; the tables below have "
+        "the verdicts of the lines' commits. The rule's null was fixed on 24 other "
+        f"clean victims and on seed 0; {_check(strong, clean)}. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward), {seconds:.0f} s on one core.",
     ]
     return "\n".join(lines)
+
+
+def _check(strong, clean):
+    """Return the figures of the half that the null was not fixed on, in words."""
+    strong = [r for r in strong if r["seed"] == 1]
+    clean = [r for r in clean if r["seed"] >= 4]  # four clean networks a seed
+    detected = [r for r in strong if r["flagged"]]
+    right = sum(r["found"] == r["target_class"] for r in detected)
+    alarms = sum(bool(r["flagged"]) for r in clean)
+    return (
+        f"on seed 1 alone: detected {_rate(len(detected), len(strong))}, right target "
+        f"{_rate(right, len(detected))}, false alarms {_rate(alarms, len(clean))}"
+    )
 
 
 def _norms(seen):

@@ -357,6 +357,7 @@ def _scanned(engineer, recipe, trigger, defense, unseen):
             "verdict": engineer.verdict_,
             "p_values": engineer.p_values_.tolist(),
             "norms": engineer.norms_.tolist(),
+            "converged": engineer.converged_.tolist(),
             "n_per_class": int(np.bincount(defense[1]).min()),
             "trigger_norm": _norm(engineer.trigger_),
         },

@@ -15,10 +15,10 @@ NORMS = [3.0, 30, 35, 40, 41, 45, 50, 55, 60, 70]
 def test_the_smallest_norm_gets_a_moderated_t_test_on_log_norms():
     p = p_values(NORMS, ALL, prior_sd=0.4)
     rest = np.log(NORMS[1:])
-    variance = (8 * 0.16 + 8 * rest.var(ddof=1)) / 16
+    variance = (16 * 0.16 + 8 * rest.var(ddof=1)) / 24
     t = (np.log(3.0) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9))
-    one = stats.t.cdf(t, 16)
-    assert PRIOR_DF == 8
+    one = stats.t.cdf(t, 24)
+    assert PRIOR_DF == 16
     assert p[0] == pytest.approx(1 - (1 - one) ** 10)
     assert (p[1:] > 0.1).all()
 
@@ -37,7 +37,7 @@ def test_p_values_do_not_depend_on_the_unit_or_the_order():
     np.testing.assert_allclose(p_values(np.array(NORMS)[order], ALL), p[order])
 
 
-@pytest.mark.parametrize("sd", [0.2, 0.45])
+@pytest.mark.parametrize("sd", [0.2, 0.54])
 def test_false_alarms_keep_to_alpha_on_log_normal_norms(sd):
     rng = np.random.RandomState(0)
     smallest = [
@@ -88,9 +88,9 @@ def test_candidates_are_compared_with_the_reference_alone():
     reference = np.array([False] * 3 + [True] * 9)
     p = p_values(norms, [True] * 12, n_candidates=300, reference=reference)
     rest = np.log(NORMS[1:])
-    variance = (8 * 0.45**2 + 8 * rest.var(ddof=1)) / 16
+    variance = (16 * 0.54**2 + 8 * rest.var(ddof=1)) / 24
     one = stats.t.cdf(
-        (np.log([3.0, 5.0, 6.0]) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9)), 16
+        (np.log([3.0, 5.0, 6.0]) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9)), 24
     )
     raw = 1 - (1 - one) ** [300, 299, 298]
     np.testing.assert_allclose(p[:3], np.minimum.accumulate(raw[::-1])[::-1])
