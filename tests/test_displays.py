@@ -222,6 +222,16 @@ def test_norms_stand_over_the_bars_and_classes_not_converged_are_hatched():
     check_lettering(display.ax_)
 
 
+def test_norms_of_masks_and_of_perturbations_are_not_set_side_by_side():
+    mixed = (*[corner_trigger()] * 4, chessboard((1, 4, 4), 0.1))
+    search = record([117.6, 8, 9, 9, 1], triggers_=mixed, flagged=[4])
+    display = AnomalyIndexDisplay.from_estimator(search, ax=sheet())
+    assert display.norms is None
+    assert "norm" not in words(display.ax_) and "118" not in words(display.ax_)
+    alike = AnomalyIndexDisplay.from_estimator(search, classes=[0, 1], ax=sheet())
+    assert "118" in words(alike.ax_)
+
+
 @pytest.mark.parametrize("n_converged", [0, 1])
 def test_too_few_classes_are_said_to_be_too_few(n_converged):
     converged = np.arange(6) < n_converged

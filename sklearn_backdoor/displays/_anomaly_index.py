@@ -49,8 +49,9 @@ class AnomalyIndexDisplay:
         Labels.
     figures : array-like of shape (n_classes,)
         What the statistic says of each class; NaN where it says nothing.
-    norms : array-like of shape (n_classes,)
-        Of each class's smallest trigger.
+    norms : array-like of shape (n_classes,) or None
+        Of each class's smallest trigger; None writes none, as where some are of masks
+        and others of perturbations.
     converged : array-like of bool, shape (n_classes,)
         Whether the search reached its success rate.
     target_classes : array-like
@@ -127,10 +128,12 @@ class AnomalyIndexDisplay:
         if statistic == "median / norm":  # turned over: a taller bar is more suspicious
             figures = 1 / np.maximum(figures, 1e-12)
             threshold = 1 / threshold
+        kinds = {type(search.triggers_[place]) for place in places}
         display = cls(
             classes=search.classes_[places],
             figures=figures[places],
-            norms=search.norms_[places],
+            # L1 of patches beside L2 of perturbations would be compared
+            norms=search.norms_[places] if len(kinds) == 1 else None,
             converged=search.converged_[places],
             target_classes=search.target_classes_,
             statistic=statistic,
@@ -228,16 +231,17 @@ class AnomalyIndexDisplay:
         left = min(-0.6, -0.17 * n_classes / sizes.width)  # half a norm's width
         ax.set_xlim(left, n_classes - 0.5 + n_classes * share / (1 - share))
         self.line_ = ax.axhline(limit, color=RED, linewidth=1.1, linestyle=(0, (5, 3)))
-        ax.text(
-            0.998,
-            limit,
+        ax.annotate(
             "\n".join(lines),
+            (0.998, limit),
+            (0, 2),
+            xycoords=ax.get_yaxis_transform(),
+            textcoords="offset points",
             size=sizes.small,
             color=RED,
             ha="right",
             va="bottom",
             linespacing=1.15,
-            transform=ax.get_yaxis_transform(),
         )
 
     def _draw_censored(self, ax, height):
@@ -278,6 +282,8 @@ class AnomalyIndexDisplay:
         """Write the norms over the bars named; return what they are."""
         from matplotlib.patheffects import withStroke
 
+        if self.norms is None:
+            return ""
         low, high = ax.get_xlim()
         pitch = sizes.width / (high - low)
         gap = np.diff(named).min() * pitch if len(named) > 1 else np.inf
