@@ -75,7 +75,9 @@ images, at a rate of 0.01 (Table 3 has others); it does not see the victim's lab
 which its decision needs: two passes. SCALE-UP's score can only take six values; where
 many clean images reach the highest (grey images that are nearly black and white do),
 no threshold keeps false alarms at 5 %, and it flags nothing. IBD-PSC needs batch-norm,
-which LeNet-5 and VGG-16 lack. "not run" is just that."""
+which LeNet-5 and VGG-16 lack; where more than 5 % of the clean images of the target
+class score as high as any triggered one, it flags nothing either, whatever its AUROC.
+"not run" is just that."""
 
 
 def _sources(table):
