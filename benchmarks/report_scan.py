@@ -60,11 +60,11 @@ def _rate(hits, total):
 
 def _judged(record):
     """Return a line with the verdict of the present rule on the norms that it holds."""
+    engineers = dict(default_engineers(None))
     p, methods = [], {}
-    for name, engineer in default_engineers(None):
-        seen = record["config"]["methods"][name]
-        norms, converged = seen["norms"], seen["converged"]
-        p.append(p_values(norms, converged, prior_sd=engineer._prior_sd))
+    for name, seen in record["config"]["methods"].items():
+        prior_sd = engineers[name]._prior_sd
+        p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
         flagged = rank_by_p(p[-1], _ALPHA).tolist()
         methods[name] = {**seen, "flagged_alone": flagged}
     smallest = np.nan_to_num(p, nan=1.0).min(axis=0)

@@ -93,7 +93,7 @@ class Suspect(LinearNetwork):
 @pytest.fixture(scope="module")
 def names():
     """Return what the pages take for given."""
-    network = Suspect(n_classes=10).eval()
+    network = Suspect(n_classes=10, backdoor=90.0).eval()  # a mask of a ninth does
     X, y = linear_images(n_per_class=10, n_classes=10)
     victim = VictimNetwork(network)
     engineer = NCReverseEngineer(victim).fit(X, y)
