@@ -142,25 +142,13 @@ def _population(records):
         f"{len(records)} small victims, {len(strong)} of them with an ASR of {STRONG} "
         "or more; in brackets 95 % Wilson intervals; by kind: the right target found. "
         "Judged by the present rule from the norms of the lines; the tables below have "
-        "the verdicts of the lines' commits. The rule's null was fixed on 24 other "
-        f"clean victims and on seed 0; {_check(strong, clean)}. "
+        "the verdicts of the lines' commits. The rule's null keeps to 24 other clean "
+        "victims, but of such values it was chosen with these victims in view, for "
+        "fewer false alarms and wrong targets: fresh seeds would be a fairer count. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward), {seconds:.0f} s on one core.",
     ]
     return "\n".join(lines)
-
-
-def _check(strong, clean):
-    """Return the figures of the half that the null was not fixed on, in words."""
-    strong = [r for r in strong if r["seed"] == 1]
-    clean = [r for r in clean if r["seed"] >= 4]  # four clean networks a seed
-    detected = [r for r in strong if r["flagged"]]
-    right = sum(r["found"] == r["target_class"] for r in detected)
-    alarms = sum(bool(r["flagged"]) for r in clean)
-    return (
-        f"on seed 1 alone: detected {_rate(len(detected), len(strong))}, right target "
-        f"{_rate(right, len(detected))}, false alarms {_rate(alarms, len(clean))}"
-    )
 
 
 def _norms(seen):

@@ -12,7 +12,8 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # few, and how many classes' worth of evidence that is: such that each search by itself
 # flags at most one of 24 clean victims kept for that alone, at a quarter of 0.05; the
 # automatic search flags two (`python -m benchmarks scan --part calibration`). Of such
-# values those that find most in one half of the population; the other half is a check.
+# values these gave fewest false alarms and wrong targets in the benchmark's population,
+# at the same number found, so its figures for those are no independent check.
 PATCH_SD, PATCH_FEW_SD = 0.54, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD = 0.19, 0.3
 PRIOR_DF = 16.0
