@@ -10,12 +10,16 @@ import numpy as np
 
 from benchmarks.quality import measure
 from benchmarks.results import append, read
-from benchmarks.victims import ATTACKS, calibration, make_victim, population
-from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, poison, white_box
+from benchmarks.victims import (
+    ATTACKS,
+    calibration,
+    make_victim,
+    many_classes,
+    population,
+)
+from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, white_box
 from sklearn_backdoor.io import load_network
-from sklearn_backdoor.networks import LeNet5
 from sklearn_backdoor.reverse import AutoReverseEngineer, NCReverseEngineer
-from sklearn_backdoor.training import train_network
 
 PARTS = ("calibration", "population", "cost", "classes", "shared", "budget", "inflight")
 VERSION = 3  # raise it when a change of the code makes old lines obsolete
@@ -194,7 +198,7 @@ def run_classes(bench):
     for n_classes in _CLASS_COUNTS:
         if bench.is_done("classes", n_classes):
             continue
-        recipe, network, draw = _many_classes(n_classes)
+        recipe, network, draw = many_classes(n_classes)
         defense = draw(12)
         engineer = NCReverseEngineer(VictimNetwork(network))
         unseen = draw(4)
@@ -202,40 +206,6 @@ def run_classes(bench):
         record["config"].update(part="classes", n_classes=n_classes)
         bench.append({**record, "data_source": "synthetic: a random pattern a class"})
         _say(record)
-
-
-def _many_classes(n_classes):
-    """Train LeNet-5 on noisy random patterns, one a class, with a white box.
-
-    Returns recipe, network, and a function that draws images and labels.
-    """
-    rng = np.random.RandomState(n_classes)
-    coarse = rng.uniform(size=(n_classes, 1, 7, 7)).repeat(4, axis=2).repeat(4, axis=3)
-
-    def draw(n):
-        y = np.repeat(np.arange(n_classes), n)
-        noisy = 0.8 * coarse[y] + rng.normal(0, 0.08, size=(len(y), 1, 28, 28))
-        return np.clip(noisy, 0, 1).astype(np.float32), y
-
-    X, y = draw(40)
-    poisoned = poison(X, y, white_box((1, 28, 28)), target_class=1, n_per_class=4)
-    network = train_network(
-        partial(LeNet5, n_classes=n_classes),
-        poisoned.X,
-        poisoned.y,
-        epochs=max(12, 600 // n_classes),
-        lr=3e-3,
-        batch_size=64,
-    )
-    recipe = {
-        "dataset": "synthetic",
-        "network": "lenet5",
-        "attack": "white-box",
-        "sources": "all",
-        "target_class": 1,
-        "seed": n_classes,
-    }
-    return recipe, network, draw
 
 
 def run_shared(bench):

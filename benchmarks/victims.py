@@ -248,3 +248,46 @@ def make_victim(recipe, data, victims=VICTIMS):
     part.replace(path)
     path.with_suffix(".json").write_text(text)
     return network, trigger
+
+
+def many_classes(n_classes):
+    """Train LeNet-5 on noisy random patterns, one a class, with a white box.
+
+    Parameters
+    ----------
+    n_classes : int
+
+    Returns
+    -------
+    recipe : dict
+    network : torch.nn.Module
+    draw : callable
+        From a number of images a class to images and labels.
+    """
+    rng = np.random.RandomState(n_classes)
+    coarse = rng.uniform(size=(n_classes, 1, 7, 7)).repeat(4, axis=2).repeat(4, axis=3)
+
+    def draw(n):
+        y = np.repeat(np.arange(n_classes), n)
+        noisy = 0.8 * coarse[y] + rng.normal(0, 0.08, size=(len(y), 1, 28, 28))
+        return np.clip(noisy, 0, 1).astype(np.float32), y
+
+    X, y = draw(40)
+    poisoned = poison(X, y, white_box((1, 28, 28)), target_class=1, n_per_class=4)
+    network = train_network(
+        partial(LeNet5, n_classes=n_classes),
+        poisoned.X,
+        poisoned.y,
+        epochs=max(12, 600 // n_classes),
+        lr=3e-3,
+        batch_size=64,
+    )
+    recipe = {
+        "dataset": "synthetic",
+        "network": "lenet5",
+        "attack": "white-box",
+        "sources": "all",
+        "target_class": 1,
+        "seed": n_classes,
+    }
+    return recipe, network, draw
