@@ -69,6 +69,9 @@ def processor_has_bfloat16():
     """
     if not torch.backends.mkldnn.is_available():
         return False
+    if torch.cpu._is_avx2_supported():  # x86: oneDNN says yes to any AVX-512
+        own = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+        return any(has() for has in own)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -1,11 +1,13 @@
 """The fast schedule, its checkpoints, and the automatic search."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -428,6 +430,20 @@ def test_bfloat16_is_used_where_it_pays_and_the_labels_hold(case, monkeypatch):
     assert all(p.dtype == torch.float32 for p in network.parameters())
     monkeypatch.setattr(_base, "_BFLOAT16_PARITY", 1.1)  # labels that do not hold
     np.testing.assert_array_equal(engineer.fit(X, y).norms_, exact)
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64",
+    reason="asks the kernel what this processor has",
+)
+def test_a_processor_has_bfloat16_where_the_kernel_says_so():
+    """oneDNN says yes to any AVX-512; without bfloat16 it is slower there than float32"""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next(line for line in lines if line.startswith("flags")).split()
+    has = "avx512_bf16" in flags or "amx_bf16" in flags
+    assert _base.processor_has_bfloat16() == (
+        has and torch.backends.mkldnn.is_available()
+    )
 
 
 # --- the automatic search
