@@ -115,6 +115,11 @@ _of_tables = [
     click.option("--cache", type=click.Path(), default=VICTIMS, show_default=True),
     click.option("--device", default="cpu", show_default=True),
     click.option("--epochs", type=click.IntRange(1), help="For a quick look."),
+    click.option(
+        "--start-from",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Clean weights that the attacker fine-tunes, for a tenth of the epochs.",
+    ),
     click.option("--image-size", default=224, show_default=True, help="Of PubFig."),
 ]
 
@@ -139,6 +144,7 @@ def _runs_cells(name, help_text, run):
             budget=options["budget"],
             device=options["device"],
             epochs=options["epochs"],
+            start=options["start_from"],
             log=click.echo,
         )
         try:

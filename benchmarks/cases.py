@@ -71,6 +71,8 @@ class Case:
         Schedule of training.
     epochs : int or None
         Instead of the budget's.
+    start : path-like or None
+        Weights of a clean network that the attacker fine-tunes.
     cache : path-like
         Folder of victims trained here, and of searches.
     ready : path-like or None
@@ -80,11 +82,23 @@ class Case:
     """
 
     def __init__(
-        self, cell, n_per_class, data, *, budget, epochs, cache, ready, device, log
+        self,
+        cell,
+        n_per_class,
+        data,
+        *,
+        budget,
+        epochs,
+        start,
+        cache,
+        ready,
+        device,
+        log,
     ):
         self.cell = cell
         self.n_per_class = n_per_class
         self.data = data(cell.dataset)
+        self.start = start
         self.cache = Path(cache)
         self.device = device
         self.log = log
@@ -94,8 +108,9 @@ class Case:
         if self.ready is None:
             # a quick look is never taken for the budget itself
             self.budget = budget if epochs is None else f"{budget}, {epochs} epochs"
+            self.budget += "" if start is None else ", fine-tuned"
             self.recipe = make_recipe(
-                cell, budget, self.data, epochs=epochs, device=device
+                cell, budget, self.data, epochs=epochs, start=start, device=device
             )
         else:
             self.budget = "ready"
@@ -103,13 +118,15 @@ class Case:
         self.target = cell.target_class
         self._labels: dict = {}
 
+    @property
+    def _how(self):
+        return {"start": self.start, "device": self.device, "log": self.log}
+
     @cached_property
     def network(self):
         """The victim; trained here where it was not yet."""
         if self.ready is None:
-            network, _ = make_victim(
-                self.recipe, self.data, self.cache, device=self.device, log=self.log
-            )
+            network, _ = make_victim(self.recipe, self.data, self.cache, **self._how)
         else:
             network = load_network(self.ready, self.cell.network)
         return network.to(self.device)
@@ -119,9 +136,7 @@ class Case:
         """The attacker's."""
         if self.ready is not None:
             return _trigger_of_ready(self.ready, self.data.X_train.shape[1:])
-        return make_trigger(
-            self.recipe, self.data, self.cache, device=self.device, log=self.log
-        )
+        return make_trigger(self.recipe, self.data, self.cache, **self._how)
 
     @cached_property
     def victim(self):

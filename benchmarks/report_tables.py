@@ -90,6 +90,7 @@ def _sources(table):
         training = (
             f"{recipe['epochs']} epochs, {recipe['optimizer']}, {recipe['schedule']}, "
             f"peak {recipe['lr']:g}, batch {recipe['batch_size']}"
+            + (", from clean weights" if "start" in recipe else "")
             if "epochs" in recipe
             else "ready: made by other code"
         )

@@ -43,11 +43,23 @@ class Bench:
     device : str
     epochs : int, default=None
         Instead of the budget's.
+    start : path-like, default=None
+        Weights of a clean network that the attacker fine-tunes.
     log : callable
     """
 
     def __init__(
-        self, data, results, cache, *, ready, budget, device, epochs=None, log=print
+        self,
+        data,
+        results,
+        cache,
+        *,
+        ready,
+        budget,
+        device,
+        epochs=None,
+        start=None,
+        log=print,
     ):
         self.data = data
         self.results = results
@@ -56,6 +68,7 @@ class Bench:
         self.budget = budget
         self.device = device
         self.epochs = epochs
+        self.start = start
         self.log = log
         self._keys = {
             record["config"].get("key") for record in read("inflight", results=results)
@@ -69,6 +82,7 @@ class Bench:
             self.data,
             budget=self.budget,
             epochs=self.epochs,
+            start=self.start,
             cache=self.cache,
             ready=self.ready,
             device=self.device,

@@ -437,7 +437,7 @@ def test_bfloat16_is_used_where_it_pays_and_the_labels_hold(case, monkeypatch):
     reason="asks the kernel what this processor has",
 )
 def test_a_processor_has_bfloat16_where_the_kernel_says_so():
-    """oneDNN says yes to any AVX-512; without bfloat16 it is slower there than float32"""
+    # oneDNN says yes to any AVX-512, where it may be slower than float32
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next(line for line in lines if line.startswith("flags")).split()
     has = "avx512_bf16" in flags or "amx_bf16" in flags

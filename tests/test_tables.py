@@ -24,6 +24,7 @@ from benchmarks import (
 from benchmarks.__main__ import main
 from benchmarks.cases import Data
 from sklearn_backdoor.datasets import load_digits
+from sklearn_backdoor.io import load_network
 from sklearn_backdoor.networks import LeNet5
 from tests.test_benchmarks import ALWAYS, INFLIGHT, lines
 
@@ -389,3 +390,34 @@ def test_only_a_processor_that_has_bfloat16_trains_in_it(has, monkeypatch):
     assert recipes.make_recipe(cell, "cpu", data)["bfloat16"] is has
     assert recipes.make_recipe(cell, "cpu", data, device="cuda")["bfloat16"] is True
     assert recipes.make_recipe(cell, "paper", data)["bfloat16"] is False
+    # without it an epoch lasts three times longer
+    assert recipes.make_recipe(cell, "cpu", data)["epochs"] == (10 if has else 3)
+
+
+def test_an_attacker_may_start_from_a_clean_network(tmp_path, monkeypatch):
+    data = load_digits(image_size=28)
+    data.X_train = np.concatenate([data.X_train, data.X_train])  # enough to poison
+    data.y_train = np.concatenate([data.y_train, data.y_train])
+    start, cache = tmp_path / "clean.safetensors", tmp_path / "victims"
+    save_file(LeNet5().state_dict(), start)
+    almost_none = {**_TINY, "epochs": 20, "lr": 2e-9}
+    monkeypatch.setitem(recipes.TRAINING, ("lenet5", "cpu"), almost_none)
+    bench = tables.Bench(
+        lambda name: data, tmp_path, cache, ready=None, budget="cpu", device="cpu"
+    )
+    cell = recipes.Cell("mnist", "white-box", False, 0)
+    bench.start = start
+    case = bench.case(cell, 20)
+    assert case.budget == "cpu, fine-tuned" and case.recipe["budget"] == "cpu"
+    assert case.recipe["lr"] == 1e-9 and case.recipe["epochs"] == 2
+    for tuned, clean in zip(
+        case.network.parameters(),
+        load_network(start, "lenet5").parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(tuned, clean, rtol=0, atol=1e-6)
+    again = bench.case(cell, 20)
+    monkeypatch.setattr(recipes, "train", None)  # kept: not trained again
+    assert torch.equal(*(c.network.classifier[-1].weight for c in (again, case)))
+    bench.start = None
+    assert recipes.name_of(bench.case(cell, 20).recipe) != recipes.name_of(case.recipe)
