@@ -158,7 +158,8 @@ def make_recipe(cell, budget, data, *, epochs=None, start=None, device="cpu"):
         Instead of the budget's, for a quick look.
     start : path-like, default=None
         Weights of a clean network, which the attacker fine-tunes at half the rate for a
-        tenth of the epochs; None trains from scratch.
+        tenth of the epochs and without crops and flips (of a box in a corner they leave
+        too little to be learnt so soon); None trains from scratch.
     device : str, default="cpu"
         Where it is trained. A processor without bfloat16 imitates it slowly: it takes
         float32, three times slower than bfloat16 where that is, so 0.3 of the epochs.
@@ -176,6 +177,7 @@ def make_recipe(cell, budget, data, *, epochs=None, start=None, device="cpu"):
     if start is not None:
         training["lr"] /= 2
         training["epochs"] = max(1, training["epochs"] // 10)
+        training["augment"] = []
         training["start"] = file_digest(start)
     if epochs is not None:
         training["epochs"] = epochs

@@ -45,6 +45,9 @@ lines are made by
     python -m benchmarks table4 --data-dir DATA --seeds 0-2 --cells '*-lenet5-*' \\
         --n-per-class 5 --n-per-class 10 --n-per-class 20 --n-per-class 50
     python -m benchmarks table2 --cifar10 CIFAR10 --victims VICTIMS
+    python -m benchmarks table2 --cifar10 CIFAR10 --cells '*-chessboard-multi'
+    python -m benchmarks table2 --cifar10 CIFAR10 --cells '*-white-box-single' \\
+        --start-from VICTIMS/cifar10-resnet18-no-backdoor.safetensors
     python -m benchmarks table3 --data-dir DATA --cifar10 CIFAR10 --victims VICTIMS
     python -m benchmarks levers --data-dir DATA --seeds 0-4
     python -m benchmarks levers --data-dir DATA --seeds 0-2 --n-per-class 5 \\

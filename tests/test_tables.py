@@ -400,7 +400,7 @@ def test_an_attacker_may_start_from_a_clean_network(tmp_path, monkeypatch):
     data.y_train = np.concatenate([data.y_train, data.y_train])
     start, cache = tmp_path / "clean.safetensors", tmp_path / "victims"
     save_file(LeNet5().state_dict(), start)
-    almost_none = {**_TINY, "epochs": 20, "lr": 2e-9}
+    almost_none = {**_TINY, "epochs": 20, "lr": 2e-9, "augment": ["crop"]}
     monkeypatch.setitem(recipes.TRAINING, ("lenet5", "cpu"), almost_none)
     bench = tables.Bench(
         lambda name: data, tmp_path, cache, ready=None, budget="cpu", device="cpu"
@@ -410,6 +410,7 @@ def test_an_attacker_may_start_from_a_clean_network(tmp_path, monkeypatch):
     case = bench.case(cell, 20)
     assert case.budget == "cpu, fine-tuned" and case.recipe["budget"] == "cpu"
     assert case.recipe["lr"] == 1e-9 and case.recipe["epochs"] == 2
+    assert case.recipe["augment"] == []
     for tuned, clean in zip(
         case.network.parameters(),
         load_network(start, "lenet5").parameters(),
