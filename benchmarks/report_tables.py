@@ -80,8 +80,8 @@ many clean images reach the highest (grey images that are nearly black and white
 no threshold keeps false alarms at 5 %, and it flags nothing. IBD-PSC needs batch-norm,
 which LeNet-5 and VGG-16 lack; where more than 5 % of the clean images of the target
 class score as high as any triggered one, it flags nothing either, whatever its AUROC.
-"not run" is just that. CIFAR-10's times of STRIP with added images, SCALE-UP, IBD-PSC
-and NCPatcher were taken on a busy machine: there, go by the passes."""
+"not run" is just that. The ready white-box victim's times of STRIP with added images,
+SCALE-UP, IBD-PSC and NCPatcher were taken on a busy machine: go by the passes."""
 
 
 def _sources(table):
