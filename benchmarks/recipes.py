@@ -162,7 +162,7 @@ def make_recipe(cell, budget, data, *, epochs=None, start=None, device="cpu"):
         too little to be learnt so soon); None trains from scratch.
     device : str, default="cpu"
         Where it is trained. A processor without bfloat16 imitates it slowly: it takes
-        float32, three times slower than bfloat16 where that is, so 0.3 of the epochs.
+        float32, in which an epoch lasts longer, and so 0.3 of the epochs.
 
     Returns
     -------
@@ -170,8 +170,8 @@ def make_recipe(cell, budget, data, *, epochs=None, start=None, device="cpu"):
         Written beside the weights; its hash names them.
     """
     training = dict(TRAINING[cell.network, budget])
-    imitated = device == "cpu" and not processor_has_bfloat16()
-    if training["bfloat16"] and imitated:
+    is_imitated = device == "cpu" and not processor_has_bfloat16()
+    if training["bfloat16"] and is_imitated:
         training["bfloat16"] = False
         training["epochs"] = max(1, round(0.3 * training["epochs"]))
     if start is not None:

@@ -87,20 +87,11 @@ def _sources(table):
     if table.empty:
         return "Nothing has been run."
     rows = []
-    for (dataset, budget), part in table.groupby(["dataset", "budget"]):
-        recipe = part["config"].iloc[-1]["recipe"]
-        training = (
-            f"{recipe['epochs']} epochs, {recipe['optimizer']}, {recipe['schedule']}, "
-            f"peak {recipe['lr']:g}, batch {recipe['batch_size']}"
-            + (", from clean weights" if "start" in recipe else "")
-            if "epochs" in recipe
-            else "ready: made by other code"
-        )
+    training = table["config"].map(lambda config: _training(config["recipe"]))
+    for (dataset, budget, how), part in table.groupby(["dataset", "budget", training]):
         seeds = ", ".join(str(seed) for seed in sorted(part["seed"].unique()))
         source = part["data_source"].iloc[-1]
-        rows.append(
-            f"| {NAMES[dataset]} | {budget} | {training} | {source} | {seeds} |"
-        )
+        rows.append(f"| {NAMES[dataset]} | {budget} | {how} | {source} | {seeds} |")
     versions = table["versions"].iloc[-1]
     used = ", ".join(f"{name} {value}" for name, value in versions.items())
     processors = sorted({machine["processor"] for machine in table["machine"]})
@@ -115,6 +106,16 @@ def _sources(table):
             "amplitude of 0.15 on grey images (3/255 is not learnt there) and of 8/255 "
             "in the cpu budget on CIFAR-10, with crops by even shifts and no flips.",
         ]
+    )
+
+
+def _training(recipe):
+    if "epochs" not in recipe:
+        return "ready: made by other code"
+    start = ", from clean weights" if "start" in recipe else ""
+    return (
+        f"{recipe['epochs']} epochs, {recipe['optimizer']}, {recipe['schedule']}, "
+        f"peak {recipe['lr']:g}, batch {recipe['batch_size']}{start}"
     )
 
 

@@ -69,9 +69,10 @@ def processor_has_bfloat16():
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    if torch.cpu._is_avx2_supported():  # x86: oneDNN says yes to any AVX-512
-        own = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
-        return any(has() for has in own)
+    # oneDNN says yes to any AVX-512; an older torch has nothing better
+    own: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    if "avx512_bf16" in own:
+        return bool(own["avx512_bf16"] or own["amx_bf16"])
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
