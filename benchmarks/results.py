@@ -39,6 +39,7 @@ def append(name, record, *, results=RESULTS):
             "processor": _processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         **record,
     }
