@@ -52,6 +52,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
         For each class, the search that its entry in the arrays below is from.
     classes_, triggers_, norms_, success_rates_, converged_, reasons_, anomaly_indices_
         As in `NCReverseEngineer`: norms are L1 or L2, as the search has it.
+    single_sources_ : dict from label to label
+        As in `NCReverseEngineer`, of the searches whose triggers were kept.
     p_values_ : ndarray of shape (n_classes,)
         Corrected: the smallest of a class times the number of searches.
     target_classes_, target_class_, trigger_, verdict_, n_image_passes_
@@ -62,7 +64,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
     -----
     - Of a flagged class the trigger is kept that has the smallest p-value, among those
       for all source classes if one of these was flagged: a trigger for a few sources
-      would leave the others undefended.
+      would leave the others undefended. Where one source class alone needs a far
+      smaller trigger, see ``single_sources_``, that trigger goes before.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -191,16 +194,24 @@ class AutoReverseEngineer(BaseReverseEngineer):
         p = np.minimum(1, p * len(engineers))
         filled = np.nan_to_num(p, nan=1.0)
         flagged = filled < self.alpha
-        preferred = np.array(
+        for_all = np.array(
             [getattr(one, "sources", "all") == "all" for one in engineers]
         )[:, None]
-        preferred = flagged & preferred
+        for_one = np.array([self._is_for_one(engineer) for engineer in engineers])
+        preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
         converged = np.array([engineer.converged_ for engineer in engineers])
         raw = np.nan_to_num([engineer.p_values_ for engineer in engineers], nan=1.0)
         # in this order: preferred, converged, the smallest p-value
         ranked = raw + 2.0 * ~converged + 4.0 * (preferred.any(axis=0) & ~preferred)
         chosen = ranked.argmin(axis=0)
         self.methods_ = [names[number] for number in chosen]
+        self.single_sources_ = {
+            label: engineers[k].single_sources_[label]
+            for label, k, narrow in zip(
+                self.classes_.tolist(), chosen, for_one.T, strict=True
+            )
+            if narrow[k]
+        }
         for name in ("triggers_", "reasons_"):
             parts = [getattr(engineer, name) for engineer in engineers]
             setattr(self, name, [parts[k][t] for t, k in enumerate(chosen)])
@@ -213,6 +224,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
         if not len(self.target_classes_) and any(inconclusive):
             self.verdict_ = "inconclusive"
         self.report_ = self._tabulate(p, flagged)
+
+    def _is_for_one(self, engineer):
+        """Tell for each class whether its trigger was narrowed to one source."""
+        sources = getattr(engineer, "single_sources_", {})
+        return [label in sources for label in self.classes_.tolist()]
 
     def _tabulate(self, p, flagged):
         tables = []

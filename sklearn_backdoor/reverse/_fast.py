@@ -8,12 +8,14 @@ from sklearn.utils import check_random_state
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import PATCH_FEW_SD, PATCH_SD, p_values
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
-from sklearn_backdoor.reverse._search import Task
+from sklearn_backdoor.reverse._search import ImagePasses, Task
 
 SOURCES = ("all", "learnt", "pairs")
 _STEPS, _SCREEN_STEPS = 60, 20
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
+_STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
+_MUCH_SMALLER = 0.5  # of the norm that all sources need
 
 
 class FastReverseEngineer(BaseReverseEngineer):
@@ -114,6 +116,7 @@ class FastReverseEngineer(BaseReverseEngineer):
     def _conclude(self, run, results):
         if self.sources != "pairs":
             self.pair_norms_ = self.pair_converged_ = None
+        self.single_sources_: dict = {}
         weights = [result.source_weights for result in results]
         self.source_weights_: Any = None if weights[0] is None else np.stack(weights)
         super()._conclude(run, results)
@@ -160,4 +163,48 @@ class FastReverseEngineer(BaseReverseEngineer):
                 continue  # what the search found is better
             self.triggers_[number] = result.trigger
             self.success_rates_[number] = result.success_rate
+        if self.sources == "learnt":
+            best = {
+                number: result if result.converged else results[number]
+                for number, result in zip(flagged, refined, strict=True)
+            }
+            self._narrow(run, results, best, float(rate / norm))
         self.trigger_ = self.triggers_[flagged[0]]
+
+    def _narrow(self, run, results, refined, price):
+        """Take a trigger for one source class where it is far smaller than for all."""
+        starts = {}
+        for number in refined:
+            rates = _source_rates(run, number, results[number].trigger)
+            source = int(np.nanargmax(rates))
+            others = np.delete(rates, [source, number])
+            if len(others) and rates[source] - np.median(others) > _STANDS_OUT:
+                alone = np.eye(len(rates))[source]
+                task = Task(number, source)
+                starts[task] = results[number]._replace(source_weights=alone)
+        if not starts:
+            return
+        narrowed = run(
+            self._grouped(list(starts)), "refine", starts=starts, price=price
+        )
+        for (number, origin), result in zip(starts, narrowed, strict=True):
+            wide = refined[number].norm
+            if not result.converged or result.norm >= _MUCH_SMALLER * wide:
+                continue
+            self.triggers_[number] = result.trigger
+            self.success_rates_[number] = result.success_rate
+            self.source_weights_[number] = result.source_weights
+            labels = self.classes_.tolist()
+            self.single_sources_[labels[number]] = labels[origin]
+
+
+def _source_rates(run, target, trigger):
+    """Return a trigger's success on each source class; NaN for the target itself."""
+    rates = np.full(len(run.victim.classes_), np.nan)
+    sources = run.y != target
+    labels = run.victim.predict(trigger.embed(run.X[sources]))
+    run.passes += ImagePasses(int(sources.sum()), 0)
+    hits = labels == run.victim.classes_[target]
+    for source in np.unique(run.y[sources]):
+        rates[source] = hits[run.y[sources] == source].mean()
+    return rates

@@ -79,7 +79,11 @@ class NCReverseEngineer(FastReverseEngineer):
     p_values_ : ndarray of shape (n_classes,)
         Probability of a norm as small if no class is a target, see `p_values`.
     source_weights_ : ndarray of shape (n_classes, n_classes) or None
-        A row a target: the source classes' weights.
+        A row a target: the source classes' weights; all of it on one class where
+        the trigger is for that class alone.
+    single_sources_ : dict from label to label
+        From a flagged target to the one class that its trigger is for; without the
+        targets that are reached from several. Only found by ``sources="learnt"``.
     pair_norms_, pair_converged_ : ndarray of shape (n_classes, n_classes)
         From the row's class to the column's; only with ``sources="pairs"``.
     target_classes_ : ndarray
@@ -111,6 +115,11 @@ class NCReverseEngineer(FastReverseEngineer):
     - Refining goes on towards a success rate of 0.99, and keeps the trigger with the
       largest success minus norm, where a unit of norm costs as much as it does in
       classes that were not flagged. A weak trigger thus stays small.
+    - With learnt sources, a single-class attack shows: where the trigger succeeds from
+      one source far more often than from the others, it is refined for that source
+      alone, and kept if it needs less than half the norm. (Gap and half were set on
+      four ResNet-18: of single-class attacks 0.22 and 0.27 of the norm were enough, of
+      a multi-class one 0.83.)
 
     The exhaustive schedule:
 
