@@ -67,7 +67,7 @@ class Case:
     n_per_class : int
         Images a class in D_Defense.
     data : Data
-    budget : {"paper", "cpu"}
+    budget : {"paper", "gpu", "cpu"}
         Schedule of training.
     epochs : int or None
         Instead of the budget's.
@@ -189,6 +189,7 @@ class Case:
             "engineer": {"class": type(engineer).__name__, **settings_of(engineer)},
             "verdict": engineer.verdict_,
             "flagged": engineer.target_classes_.tolist(),
+            "single_sources": engineer.single_sources_,
             "search_passes": engineer.n_image_passes_._asdict(),
         }
 

@@ -32,17 +32,19 @@ LABELS = {
 _ORDER = {
     "paper": 0,
     "paper, fine-tuned": 1,
-    "ready": 2,
-    "cpu": 3,
-    "cpu, fine-tuned": 4,
+    "gpu": 2,
+    "gpu, fine-tuned": 3,
+    "ready": 4,
+    "cpu": 5,
+    "cpu, fine-tuned": 6,
 }
 
 
 def read_tables(results):
     """Return the lines of the tables, the newest of each, of one budget a cell.
 
-    The paper's schedule goes before a ready victim, this before the cpu's schedule,
-    and training from scratch before fine-tuning.
+    The paper's schedule goes before the gpu's, this before a ready victim, this before
+    the cpu's schedule, and training from scratch before fine-tuning.
 
     Parameters
     ----------

@@ -155,7 +155,7 @@ def make_recipe(cell, budget, data, *, epochs=None, start=None, device="cpu"):
     Parameters
     ----------
     cell : Cell
-    budget : {"paper", "cpu"}
+    budget : {"paper", "gpu", "cpu"}
     data : Bunch
         The cell's data set; what it holds goes into the recipe, not where it lies.
     epochs : int, default=None

@@ -39,7 +39,7 @@ class Bench:
         Folders.
     ready : path-like or None
         Folder of ready victims.
-    budget : {"paper", "cpu"}
+    budget : {"paper", "gpu", "cpu"}
     device : str
     epochs : int, default=None
         Instead of the budget's.
