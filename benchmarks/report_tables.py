@@ -69,7 +69,8 @@ deviation over seeds, and *images* how many triggered and clean ones a row is ov
 
 The kind of search is taken from the truth, as in the paper: Neural Cleanse for
 patches, the additive perturbation for the chessboard, with learnt sources for
-single-class attacks; by our fast schedule. Detectors that need the trigger get the
+single-class attacks (the source class itself is not told to it: where one class alone
+needs a far smaller trigger, that one is taken); by our fast schedule. Detectors that need the trigger get the
 same estimate at 1.2 times its strength, as our guard takes it by default, but for the
 paper's own pipeline, which takes it as it comes (a row at 1.2 stands beside). STRIP,
 SCALE-UP and IBD-PSC need none. What the search buys: no threshold, one forward pass an

@@ -29,6 +29,7 @@ METHODS = {
 }
 STATUS = {"nothing found": 0, "backdoored": 1, "inconclusive": 4}
 _N_ROWS, _NEEDED = 10, 5  # classes shown; converged, for any statistic
+_N_SINGLE = 2  # single-class attacks named
 
 
 @dataclass(eq=False)
@@ -239,6 +240,7 @@ def explain(scan):
     if scan.verdict == "backdoored":
         return [
             f"By: {scan.rule.words}.",
+            *_single_class(scan),
             "Look at the picture: is it a trigger, or a feature of that class? Do not "
             "use the",
             "network bare; BackdoorGuard can guard it in flight.",
@@ -267,6 +269,16 @@ def explain(scan):
             )
     lines = lines or ["the searches that converged are too few to compare."]
     return [*lines[:3], "Give more clean images, or try another --method."]
+
+
+def _single_class(scan):
+    """Say which target is reached from one class only."""
+    sources = getattr(scan.engineer, "single_sources_", {})
+    return [
+        f"Single-class: the trigger for {printable(target, 24)} is for images of "
+        f"{printable(source, 24)} alone."
+        for target, source in list(sources.items())[:_N_SINGLE]
+    ]
 
 
 def screen(scan):
@@ -352,6 +364,7 @@ def to_json(scan):
             "exit_status": scan.status,
             "explanation": explain(scan),
             "target_classes": scan.targets,
+            "single_sources": getattr(scan.engineer, "single_sources_", {}),
             "classes": classes,
             "rule": scan.rule.words,
             "table": scan.table.to_dict("records"),

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +20,13 @@ from sklearn_backdoor import (
     AutoReverseEngineer,
     BackdoorGuard,
     NCReverseEngineer,
+    PatchTrigger,
     VictimNetwork,
 )
-from sklearn_backdoor.reverse import _base, _checkpoint
+from sklearn_backdoor.reverse import _base, _checkpoint, _fast
 from sklearn_backdoor.reverse._forms import AdditiveSearch, PatchSearch
-from sklearn_backdoor.reverse._search import Problem, Task
-from tests.common import LinearNetwork, linear_images
+from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult, Task
+from tests.common import LinearNetwork, OneSource, linear_images
 
 
 def open_search(kind, network, X, y, tasks, **options):
@@ -75,18 +77,8 @@ def test_a_trigger_is_brought_to_the_success_rate_and_not_past_it(case, kind):
 
 
 def test_learnt_weights_fall_on_the_source_class_that_is_easy():
-    class OneSource(LinearNetwork):
-        """The backdoor works for class 4 alone."""
-
-        def forward(self, images):
-            flat = images.flatten(1)
-            lit = torch.relu(flat[:, 4] - 0.2) * flat[:, 15]
-            return super().forward(images) + 360 * lit[:, None] * torch.eye(6)[2]
-
     X, y = linear_images()
-    network = OneSource(backdoor=0.0)
-    network.last.weight.data *= 4
-    victim = VictimNetwork(network)
+    victim = VictimNetwork(OneSource())
     engineer = NCReverseEngineer(victim, sources="learnt").fit(X, y)
     assert engineer.source_weights_.shape == (6, 6)
     np.testing.assert_allclose(engineer.source_weights_.sum(axis=1), 1, rtol=1e-5)
@@ -99,6 +91,78 @@ def test_learnt_weights_fall_on_the_source_class_that_is_easy():
     assert np.unravel_index(np.nanargmin(pairs.pair_norms_), (6, 6)) == (4, 2)
     assert np.isnan(np.diag(pairs.pair_norms_)).all()
     assert pairs.p_values_.argmin() == 2
+
+
+def test_a_single_class_attack_is_told_from_one_on_all_classes():
+    X, y = linear_images()
+    engineer = NCReverseEngineer(VictimNetwork(OneSource()), sources="learnt")
+    engineer.fit(X, y)
+    assert engineer.target_classes_.tolist() == [2]
+    assert engineer.single_sources_ == {2: 4}
+    np.testing.assert_array_equal(engineer.source_weights_[2], np.eye(6)[4])
+    labels = engineer.victim_.predict(engineer.trigger_.embed(X[y == 4]))
+    assert np.mean(labels == 2) >= 0.75
+    assert AutoReverseEngineer(engineer.victim_).fit(X, y).single_sources_ == {2: 4}
+    everyone = NCReverseEngineer(
+        VictimNetwork(LinearNetwork()), sources="learnt", threshold=2
+    ).fit(X, y)
+    assert everyone.target_classes_.tolist() == [2]
+    assert everyone.single_sources_ == {}
+
+
+@pytest.mark.parametrize(
+    ("norm", "weight", "rate", "converged", "taken"),
+    [
+        (0.9, 0.3, 1.0, True, True),
+        (1.1, 0.3, 1.0, True, False),  # more than half of what all sources need
+        (1.1, 0.95, 1.0, True, True),  # the search was for one source already
+        (0.9, 0.3, 1.0, False, False),
+        (0.9, 0.3, 0.7, True, False),  # no source stands out: not even tried
+    ],
+)
+def test_a_trigger_for_one_source_must_be_far_smaller(
+    monkeypatch, norm, weight, rate, converged, taken
+):
+    result = SearchResult(PatchTrigger(1.0, 1.0), 2.0, 0.8, True, ImagePasses(0, 0))
+    wide, narrow = (
+        result._replace(trigger=PatchTrigger(mask, 1.0)) for mask in (0.9, 0.1)
+    )
+    engineer = NCReverseEngineer(None, sources="learnt")
+    engineer.classes_ = np.array(list("abcd"))
+    engineer.triggers_ = [wide.trigger] * 4
+    engineer.success_rates_ = np.full(4, 0.8)
+    engineer.source_weights_ = np.full((4, 4), weight)
+    engineer.single_sources_ = {}
+    tried = []
+
+    def run(groups, stage, starts, price):
+        tried.extend(starts)
+        (task,) = groups[0]
+        assert starts[task].source_weights.tolist() == [0, 0, 0, 1]
+        weights = starts[task].source_weights
+        return [narrow._replace(norm=norm, converged=converged, source_weights=weights)]
+
+    rates = np.array([0.6, np.nan, 0.6, rate])
+    monkeypatch.setattr(_fast, "_source_rates", lambda *_: rates)
+    engineer._narrow(run, [result] * 4, {1: wide._replace(norm=2.0)}, 0.1)
+    assert tried == ([Task(1, 3)] if rate == 1.0 else [])
+    assert engineer.single_sources_ == ({"b": "d"} if taken else {})
+    assert engineer.triggers_[1] == (narrow if taken else wide).trigger
+    assert (engineer.source_weights_[1, 3] == 1.0) == taken
+
+
+def test_the_success_on_each_source_is_that_of_a_loop():
+    X, y = linear_images()
+    victim = VictimNetwork(OneSource()).fit(X, y)
+    trigger = PatchTrigger(0.2, np.eye(16)[15].reshape(1, 4, 4))
+    run = SimpleNamespace(victim=victim, X=X, y=y, passes=ImagePasses(3, 0))
+    rates = _fast._source_rates(run, 2, trigger)
+    assert run.passes == ImagePasses(3 + np.sum(y != 2), 0)
+    for source in range(6):
+        labels = victim.predict(trigger.embed(X[y == source]))
+        expected = np.nan if source == 2 else np.mean(labels == 2)
+        np.testing.assert_equal(rates[source], expected)
+    assert np.nanmax(rates) > np.nanmin(rates)
 
 
 @pytest.mark.parametrize("kind", [PatchSearch, AdditiveSearch])
@@ -282,7 +346,7 @@ SCRIPT = """
 import sys
 from sklearn_backdoor import AutoReverseEngineer, VictimNetwork
 from sklearn_backdoor.reverse import _checkpoint
-from tests.common import LinearNetwork, linear_images
+from tests.common import LinearNetwork, OneSource, linear_images
 _checkpoint._SECONDS = 0.0
 print("start", flush=True)
 AutoReverseEngineer(VictimNetwork(LinearNetwork()), checkpoint_dir=sys.argv[1]).fit(

@@ -23,7 +23,7 @@ from sklearn_backdoor._scan_picture import draw_scan, picture_png
 from sklearn_backdoor._text import printable
 from sklearn_backdoor.scan import METHODS, run_scan, screen, to_json
 from tests.cli_common import FACTORY, suspect, write_images
-from tests.common import LinearNetwork, linear_images
+from tests.common import LinearNetwork, OneSource, linear_images
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -107,6 +107,14 @@ def test_a_backdoor_ends_with_status_1_and_names_its_class_by_all_searches(case)
     picture = np.asarray(Image.open("pictures/suspect.png"))
     assert picture.shape[0] > 800 and picture.std() > 20
     assert sorted(os.listdir("pictures")) == ["suspect.png"]  # nothing half written
+
+
+def test_a_single_class_attack_is_named_on_the_screen_and_in_json():
+    X, y = linear_images()
+    names = ["cat", "dog", "owl", "fox", "bat", "e" * 90]
+    found = run_scan(OneSource(), X, np.array(names)[y], names)
+    assert "the trigger for owl is for images of bat alone" in screen(found)
+    assert to_json(found)["single_sources"] == {"owl": "bat"}
 
 
 @pytest.mark.parametrize("method", ["auto", "patch", "additive"])

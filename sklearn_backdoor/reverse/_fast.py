@@ -16,6 +16,7 @@ _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
 _MUCH_SMALLER = 0.5  # of the norm that all sources need
+_ALONE = 0.9  # of the learnt weights: the search was for one source already
 
 
 class FastReverseEngineer(BaseReverseEngineer):
@@ -164,38 +165,41 @@ class FastReverseEngineer(BaseReverseEngineer):
             self.triggers_[number] = result.trigger
             self.success_rates_[number] = result.success_rate
         if self.sources == "learnt":
-            best = {
+            wide = {
                 number: result if result.converged else results[number]
                 for number, result in zip(flagged, refined, strict=True)
             }
-            self._narrow(run, results, best, float(rate / norm))
+            self._narrow(run, results, wide, float(rate / norm))
         self.trigger_ = self.triggers_[flagged[0]]
 
-    def _narrow(self, run, results, refined, price):
-        """Take a trigger for one source class where it is far smaller than for all."""
+    def _narrow(self, run, results, wide, price):
+        """Take a trigger for one source class where it is far smaller than for all.
+
+        ``wide`` are the results for the sources learnt, by target.
+        """
         starts = {}
-        for number in refined:
-            rates = _source_rates(run, number, results[number].trigger)
+        for target in wide:
+            rates = _source_rates(run, target, results[target].trigger)
             source = int(np.nanargmax(rates))
-            others = np.delete(rates, [source, number])
+            others = np.delete(rates, [source, target])
             if len(others) and rates[source] - np.median(others) > _STANDS_OUT:
                 alone = np.eye(len(rates))[source]
-                task = Task(number, source)
-                starts[task] = results[number]._replace(source_weights=alone)
+                start = results[target]._replace(source_weights=alone)
+                starts[Task(target, source)] = start
         if not starts:
             return
         narrowed = run(
             self._grouped(list(starts)), "refine", starts=starts, price=price
         )
-        for (number, origin), result in zip(starts, narrowed, strict=True):
-            wide = refined[number].norm
-            if not result.converged or result.norm >= _MUCH_SMALLER * wide:
-                continue
-            self.triggers_[number] = result.trigger
-            self.success_rates_[number] = result.success_rate
-            self.source_weights_[number] = result.source_weights
-            labels = self.classes_.tolist()
-            self.single_sources_[labels[number]] = labels[origin]
+        labels = self.classes_.tolist()
+        for (target, origin), result in zip(starts, narrowed, strict=True):
+            was_alone = self.source_weights_[target, origin] > _ALONE
+            is_smaller = result.norm < _MUCH_SMALLER * wide[target].norm
+            if result.converged and (was_alone or is_smaller):
+                self.triggers_[target] = result.trigger
+                self.success_rates_[target] = result.success_rate
+                self.source_weights_[target] = result.source_weights
+                self.single_sources_[labels[target]] = labels[origin]
 
 
 def _source_rates(run, target, trigger):
