@@ -70,11 +70,11 @@ deviation over seeds, and *images* how many triggered and clean ones a row is ov
 The kind of search is taken from the truth, as in the paper: Neural Cleanse for
 patches, the additive perturbation for the chessboard, with learnt sources for
 single-class attacks (the source class itself is not told to it: where one class alone
-needs a far smaller trigger, that one is taken); by our fast schedule. Detectors that need the trigger get the
-same estimate at 1.2 times its strength, as our guard takes it by default, but for the
-paper's own pipeline, which takes it as it comes (a row at 1.2 stands beside). STRIP,
-SCALE-UP and IBD-PSC need none. What the search buys: no threshold, one forward pass an
-image, and the source class.
+needs a far smaller trigger, that one is taken); by our fast schedule. Detectors that
+need the trigger get the same estimate at 1.2 times its strength, as our guard takes it
+by default, but for the paper's own pipeline, which takes it as it comes (a row at 1.2
+stands beside). STRIP, SCALE-UP and IBD-PSC need none. What the search buys: no
+threshold, one forward pass an image, and the source class.
 
 *Passes* are forward passes an image, *time* is seconds of `is_trigger` beside the bare
 network on the same images, in turn, medians of three. NCPatcher fine-tunes for one
@@ -115,8 +115,8 @@ def _sources(table):
             f"Versions: {'; or '.join(versions)}; on {', '.join(sorted(devices))}. "
             "The CIFAR-10 images are a JPEG copy, which costs accuracy. A chessboard "
             "has an amplitude of 0.15 on grey images (3/255 is not learnt there), on "
-            "CIFAR-10 of 3/255, and of 8/255 in the cpu budget; there it is learnt with "
-            "crops by even shifts and no flips but for the paper's budget.",
+            "CIFAR-10 of 3/255, and of 8/255 in the cpu budget; but for the paper's "
+            "budget it is learnt with crops by even shifts and without flips.",
         ]
     )
 

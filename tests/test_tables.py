@@ -422,3 +422,21 @@ def test_an_attacker_may_start_from_a_clean_network(tmp_path, monkeypatch):
     assert torch.equal(*(c.network.classifier[-1].weight for c in (again, case)))
     bench.start = None
     assert recipes.name_of(bench.case(cell, 20).recipe) != recipes.name_of(case.recipe)
+
+
+def test_a_report_of_one_table_alone_says_what_has_not_been_run(tmp_path):
+    with open(results.RESULTS / "inflight.jsonl") as file:
+        lines = [line for line in file if '"budget": "gpu"' in line]
+    done = CliRunner().invoke(main, _reporting(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert all(f"{part}: not run" in done.output for part in ("quality", "table2"))
+    (tmp_path / "inflight.jsonl").write_text("".join(lines))
+    done = CliRunner().invoke(main, _reporting(tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "overhead: not run" in done.output and "nan" not in done.output
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "CIFAR-10, SP, single-class | 0.8948" in page and "nan" not in page
+
+
+def _reporting(folder):
+    return ["report", "--results", str(folder), "--docs", str(folder / "docs")]
