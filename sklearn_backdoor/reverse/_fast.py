@@ -15,7 +15,7 @@ _STEPS, _SCREEN_STEPS = 60, 20
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
-_MUCH_SMALLER = 0.5  # of the norm that all sources need
+_MUCH_SMALLER = 0.4  # of the norm that all sources need
 _ALONE = 0.9  # of the learnt weights: the search was for one source already
 
 
