@@ -118,9 +118,9 @@ class NCReverseEngineer(FastReverseEngineer):
     - With learnt sources, a single-class attack shows: where the trigger succeeds from
       one source far more often than from the others, it is refined for that source
       alone, and kept if that takes less than 0.4 of the norm, or if nine tenths of the
-      weight lay on it already. (The 0.4 was set with 13 victims in view: in four
-      single-class attacks 0.22 to 0.35 of the norm were enough, in multi-class ones
-      0.46 to 1.0, since a class that looks like the target is easily led there.)
+      weight lay on it already. (The 0.4 was set with 12 victims in view: in three
+      single-class attacks 0.22 to 0.35 of the norm were enough, in nine multi-class
+      ones 0.46 to 1.0, since a class that looks like the target is easily led there.)
 
     The exhaustive schedule:
 
