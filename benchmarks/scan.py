@@ -19,7 +19,11 @@ from benchmarks.victims import (
 )
 from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, white_box
 from sklearn_backdoor.io import load_network
-from sklearn_backdoor.reverse import AutoReverseEngineer, NCReverseEngineer
+from sklearn_backdoor.reverse import (
+    AutoReverseEngineer,
+    NCReverseEngineer,
+    default_engineers,
+)
 
 PARTS = ("calibration", "population", "cost", "classes", "shared", "budget", "inflight")
 VERSION = 3  # raise it when a change of the code makes old lines obsolete
@@ -127,8 +131,9 @@ def run_calibration(bench):
 
 def run_population(bench, part="population", recipes=None):
     """Scan every victim with the automatic search; a line for it and each part."""
+    searches = list(dict(default_engineers(None)))
     for recipe in bench.population() if recipes is None else recipes:
-        if bench.is_done(part, recipe):
+        if bench.is_done(part, recipe, searches):
             continue
         network, trigger, defense, unseen = bench.open(recipe)
         engineer = AutoReverseEngineer(VictimNetwork(network))
@@ -152,8 +157,20 @@ def _by_method(engineer):
             "p_values": one.p_values_.tolist(),
             "anomaly_indices": one.anomaly_indices_.tolist(),
             "image_passes": one.n_image_passes_._asdict(),
+            **_pairs(one),
         }
         for name, one in engineer.engineers_.items()
+    }
+
+
+def _pairs(engineer):
+    """Return what a search saw of pairs of classes, if it was for these."""
+    norms = getattr(engineer, "pair_norms_", None)
+    if norms is None:
+        return {}
+    return {
+        "pair_norms": np.nan_to_num(norms, nan=-1).round(3).tolist(),
+        "pair_converged": engineer.pair_converged_.tolist(),
     }
 
 

@@ -2,7 +2,9 @@
 
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import (
+    ADDITIVE_COLUMN_SD,
     ADDITIVE_FEW_SD,
+    ADDITIVE_PAIR_SD,
     ADDITIVE_SD,
     NULLS,
     rank_by_p,
@@ -80,6 +82,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     _kind = AdditiveSearch
     _rate = _DETECTION_RATE
+    _pair_sds = ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD
 
     def __init__(
         self,

@@ -1,12 +1,15 @@
 """The anomaly statistics, which ask whether a class's trigger is too small."""
 
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 from scipy import stats
 
 MIN_INFORMATIVE = 5
 MIN_SPREAD = 0.05
+_N_POLISHES = 10
+_TIE = 1e-9
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # Usual standard deviation of log-norms within a clean victim, for all sources and for a
 # few, and how many classes' worth of evidence that is: such that each search by itself
@@ -17,6 +20,11 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 PATCH_SD, PATCH_FEW_SD = 0.54, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD = 0.19, 0.3
 PRIOR_DF = 16.0
+# The same for pairs of classes: of what is left of a pair's log-norm without its source's
+# and its target's part, and of targets by the median over their sources.
+PATCH_PAIR_SD, PATCH_COLUMN_SD = 0.4, 0.33
+ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD = 0.3, 0.19
+PAIR_DF = 144.0
 NULLS = ("log-normal", "gamma")
 
 
@@ -86,6 +94,7 @@ def p_values(
     *,
     null="log-normal",
     prior_sd=PATCH_SD,
+    prior_df=PRIOR_DF,
     n_candidates=None,
     reference=None,
 ):
@@ -103,6 +112,8 @@ def p_values(
         published one, of 1 / norm.
     prior_sd : float, default=0.54
         Usual standard deviation of log-norms within a clean victim, for "log-normal".
+    prior_df : float, default=16
+        How many norms' worth of evidence that is.
     n_candidates : int, default=None
         Norms that were searched for their smallest; None for all that are given.
     reference : array-like of bool, shape (n_norms,), default=None
@@ -141,7 +152,11 @@ def p_values(
         return np.full(len(norms), np.nan)
     norms[~converged] = norms[converged].max()
     order = np.argsort(norms, kind="stable")
-    fit = _gamma_tail if null == "gamma" else partial(_log_normal_tail, prior_sd)
+    fit = (
+        _gamma_tail
+        if null == "gamma"
+        else partial(_log_normal_tail, prior_sd, prior_df)
+    )
     p = np.ones(len(norms))
     for rank in range(max(1, len(norms) // 4)):
         candidate, larger = order[rank], order[rank + 1 :]
@@ -150,12 +165,67 @@ def p_values(
             break
         one = fit(norms[candidate], norms[larger], converged[larger])
         p[candidate] = -np.expm1((n_candidates - rank) * np.log1p(-min(one, 1 - 1e-16)))
-    p[order] = np.minimum.accumulate(p[order][::-1])[::-1]
+    for larger, smaller in pairwise(order[::-1]):
+        if p[larger] < 1:  # a little less, so that the smallest norm comes first
+            p[smaller] = min(p[smaller], p[larger] * (1 - _TIE))
     p[~converged] = 1
     return p
 
 
-def _log_normal_tail(prior_sd, norm, others, converged):
+def pair_p_values(norms, converged, *, pair_sd, column_sd):
+    """Return for every pair of classes how probable its norm is if it is no attack's.
+
+    What is natural to a source, which is easily led anywhere, and to a target, which
+    much is taken for, is taken out first, by median polish of the log-norms. So an
+    attack from one class to another stands out, and one from all classes as a column.
+
+    Parameters
+    ----------
+    norms : array-like of shape (n_classes, n_classes)
+        Of masks, from the row's class to the column's; the diagonal counts for nothing.
+    converged : array-like of bool, shape (n_classes, n_classes)
+    pair_sd, column_sd : float
+        Usual standard deviation, within a clean victim, of what is left of a log-norm,
+        and of a column's median log-norm.
+
+    Returns
+    -------
+    pairs : ndarray of shape (n_classes, n_classes) in 0...1
+        As of `p_values`, of a norm as far below its row's and its column's; 1 on the
+        diagonal. All NaN with fewer than five classes, or too few converged.
+    targets : ndarray of shape (n_classes,) in 0...1
+        Of a column's median as small.
+
+    References
+    ----------
+    Tukey: Exploratory data analysis. 1977 (median polish).
+    """
+    norms = np.array(norms, dtype=np.float64)
+    n_classes = len(norms)
+    off = ~np.eye(n_classes, dtype=bool)
+    converged = np.asarray(converged, bool) & np.isfinite(norms) & off
+    if n_classes < MIN_INFORMATIVE or not is_informative(norms[off], converged[off]):
+        return np.full(norms.shape, np.nan), np.full(n_classes, np.nan)
+    norms[off & ~converged] = norms[converged].max()
+    norms[~off] = np.nan
+    logs = np.log(np.maximum(norms, 1e-12))
+    left = logs.copy()
+    for _ in range(_N_POLISHES):
+        left -= np.nanmedian(left, axis=1, keepdims=True)
+        left -= np.nanmedian(left, axis=0, keepdims=True)
+    pairs = np.ones_like(norms)
+    pairs[off] = p_values(
+        np.exp(left[off]), converged[off], prior_sd=pair_sd, prior_df=PAIR_DF
+    )
+    targets = p_values(
+        np.exp(np.nanmedian(logs, axis=0)),
+        converged.sum(axis=0) > (n_classes - 1) / 2,
+        prior_sd=column_sd,
+    )
+    return pairs, targets
+
+
+def _log_normal_tail(prior_sd, prior_df, norm, others, converged):
     """Return P(log-norm <= log norm), by a moderated t-test on the others."""
     logs = np.log(np.maximum(others, 1e-12))
     data = stats.CensoredData(logs[converged], right=logs[~converged])
@@ -163,16 +233,16 @@ def _log_normal_tail(prior_sd, norm, others, converged):
     mean, sd = stats.norm.fit(data) if (~converged).any() else (logs.mean(), logs.std())
     variance = sd**2 * n_seen / (n_seen - 1)
     df = n_seen - 1
-    moderated = (PRIOR_DF * prior_sd**2 + df * variance) / (PRIOR_DF + df)
+    moderated = (prior_df * prior_sd**2 + df * variance) / (prior_df + df)
     t = (np.log(max(norm, 1e-12)) - mean) / np.sqrt(moderated * (1 + 1 / n_seen))
-    return stats.t.cdf(t, PRIOR_DF + df)
+    return stats.t.cdf(t, prior_df + df)
 
 
 def _gamma_tail(norm, others, converged):
     """Return P(1 / norm' >= 1 / norm) under a Gamma fitted to the others."""
     inverse = 1 / np.maximum(others, 1e-12)
     if np.ptp(np.log(inverse[converged])) < 1e-6:  # nothing to fit
-        return _log_normal_tail(PATCH_SD, norm, others, converged)
+        return _log_normal_tail(PATCH_SD, PRIOR_DF, norm, others, converged)
     data = inverse
     if (~converged).any():
         data = stats.CensoredData(inverse[converged], left=inverse[~converged])

@@ -14,21 +14,26 @@ from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
 
+_PAIRS = "patch, pairs"
+_N_PAIRED = 16  # with more classes there are too many pairs
+
 
 class AutoReverseEngineer(BaseReverseEngineer):
     """Find target classes and triggers without knowing the trigger's type.
 
-    Runs searches for patches and for additive perturbations, for all source classes and
-    for those learnt, and compares their p-values, corrected for the number of searches.
+    Runs searches for patches and for additive perturbations, for all source classes,
+    for those learnt and for patches in pairs of classes, and compares their p-values,
+    corrected for the number of searches.
 
     Parameters
     ----------
     victim : VictimNetwork
         Cloned; the weights are shared and not altered.
     engineers : list of (str, reverse engineer), default=None
-        Searches to run; cloned. None takes four: "patch" and "patch, learnt sources"
-        by `NCReverseEngineer`, "additive" and "additive, learnt sources" by
-        `AdditiveReverseEngineer`, all at their fast schedule.
+        Searches to run; cloned. None takes five: "patch", "patch, learnt sources" and
+        "patch, pairs" by `NCReverseEngineer`, "additive" and "additive, learnt sources"
+        by `AdditiveReverseEngineer`, all at their fast schedule; four with more than 16
+        classes, since pairs take 16 images times 60 steps each.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -65,7 +70,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
     - Of a flagged class the trigger is kept that has the smallest p-value, among those
       for all source classes if one of these was flagged: a trigger for a few sources
       would leave the others undefended. Where one source class alone needs a far
-      smaller trigger, see ``single_sources_``, that trigger goes before.
+      smaller trigger, see ``single_sources_``, that trigger goes before; one found in
+      pairs only where no search for all source classes flagged the target.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -113,15 +119,16 @@ class AutoReverseEngineer(BaseReverseEngineer):
         engineers = self._open_engineers()
         for engineer in engineers.values():
             engineer._check_params()
-        prepared: dict = {}
+        first = next(iter(engineers.values()))
+        prepared = {_key(first): first._prepare(X, y)}
         passes = ImagePasses(0, 0)
+        n_classes = len(prepared[_key(first)].victim.classes_)
+        if self.engineers is None and n_classes > _N_PAIRED:
+            del engineers[_PAIRS]
         for engineer in engineers.values():
-            key = engineer._shares(), id(getattr(engineer.victim, "net", engineer))
-            if key not in prepared:
-                prepared[key] = engineer._prepare(X, y)
-                ready = prepared[key]
-            else:
-                ready = prepared[key]._replace(passes=ImagePasses(0, 0))
+            key = _key(engineer)
+            ready = prepared.get(key) or engineer._prepare(X, y)
+            prepared[key] = ready._replace(passes=ImagePasses(0, 0))
             run = Run(engineer, ready)
             results = engineer._search(run)
             engineer._conclude(run, results)
@@ -198,6 +205,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
             [getattr(one, "sources", "all") == "all" for one in engineers]
         )[:, None]
         for_one = np.array([self._is_for_one(engineer) for engineer in engineers])
+        of_pairs = [getattr(one, "sources", "all") == "pairs" for one in engineers]
+        for_one[of_pairs] &= ~(flagged & for_all).any(axis=0)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
         converged = np.array([engineer.converged_ for engineer in engineers])
         raw = np.nan_to_num([engineer.p_values_ for engineer in engineers], nan=1.0)
@@ -258,6 +267,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
         raise NotImplementedError("the searches are those of the engineers")
 
 
+def _key(engineer):
+    """Return what engineers have in common that share what was prepared."""
+    return engineer._shares(), id(getattr(engineer.victim, "net", engineer))
+
+
 def default_engineers(victim):
     """Make the searches that `AutoReverseEngineer` runs unless told otherwise.
 
@@ -273,6 +287,7 @@ def default_engineers(victim):
     return [
         ("patch", NCReverseEngineer(victim)),
         ("patch, learnt sources", NCReverseEngineer(victim, sources="learnt")),
+        (_PAIRS, NCReverseEngineer(victim, sources="pairs", batch_size=16)),
         ("additive", AdditiveReverseEngineer(victim, sources="all")),
         ("additive, learnt sources", AdditiveReverseEngineer(victim)),
     ]

@@ -6,7 +6,14 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._anomaly import PATCH_FEW_SD, PATCH_SD, p_values
+from sklearn_backdoor.reverse._anomaly import (
+    PATCH_COLUMN_SD,
+    PATCH_FEW_SD,
+    PATCH_PAIR_SD,
+    PATCH_SD,
+    pair_p_values,
+    p_values,
+)
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import ImagePasses, Task
 
@@ -31,6 +38,7 @@ class FastReverseEngineer(BaseReverseEngineer):
     pair_norms_: Any
     pair_converged_: Any
     _kind: type
+    _pair_sds = PATCH_PAIR_SD, PATCH_COLUMN_SD
     _rate = 0.75  # success at which norms are compared: below the ASR of weak attacks
 
     def _check_params(self):
@@ -93,7 +101,7 @@ class FastReverseEngineer(BaseReverseEngineer):
         return results
 
     def _search_pairs(self, run, n_classes):
-        """Search every pair; return each target's result from its easiest source."""
+        """Search every pair; return each target's result from its oddest source."""
         groups = [
             [Task(target, source) for source in range(n_classes) if source != target]
             for target in range(n_classes)
@@ -101,18 +109,42 @@ class FastReverseEngineer(BaseReverseEngineer):
         results = iter(run(groups))
         self.pair_norms_ = np.full((n_classes, n_classes), np.nan)
         self.pair_converged_ = np.zeros((n_classes, n_classes), dtype=bool)
-        best = []
-        for group in groups:
-            found = []
-            for task in group:
-                result = next(results)
-                weights = np.zeros(n_classes)
-                weights[task.source] = 1
-                found.append(result._replace(source_weights=weights))
-                self.pair_norms_[task.source, task.target] = result.norm
-                self.pair_converged_[task.source, task.target] = result.converged
-            best.append(min(found, key=lambda one: (not one.converged, one.norm)))
-        return best
+        found: dict = {}
+        for task in sum(groups, []):
+            result = next(results)
+            weights = np.eye(n_classes)[task.source]
+            found[task] = result._replace(source_weights=weights)
+            self.pair_norms_[task.source, task.target] = result.norm
+            self.pair_converged_[task.source, task.target] = result.converged
+        p = np.nan_to_num(self._judge_pairs()[0], nan=1.0)
+        best = [
+            min(
+                group,
+                key=lambda task: (
+                    not found[task].converged,
+                    p[task.source, task.target],
+                    found[task].norm,
+                ),
+            )
+            for group in groups
+        ]
+        return [found[task] for task in best]
+
+    def _judge_pairs(self):
+        """Return p-values of pairs, and of targets as such."""
+        if self._null == "gamma":  # the published statistic knows pairs only
+            off = ~np.eye(len(self.pair_norms_), dtype=bool)
+            p = np.ones(off.shape)
+            norms, converged = self.pair_norms_[off], self.pair_converged_[off]
+            p[off] = p_values(norms, converged, null=self._null)
+            return p, np.full(len(p), np.nan)
+        pair_sd, column_sd = self._pair_sds
+        return pair_p_values(
+            self.pair_norms_,
+            self.pair_converged_,
+            pair_sd=pair_sd,
+            column_sd=column_sd,
+        )
 
     def _conclude(self, run, results):
         if self.sources != "pairs":
@@ -125,15 +157,10 @@ class FastReverseEngineer(BaseReverseEngineer):
     def _p_values(self, results, judged):
         if self.sources != "pairs":
             return super()._p_values(results, judged)
-        rows, columns = np.nonzero(~np.eye(len(results), dtype=bool))
-        p_pairs = np.ones((len(results), len(results)))
-        p_pairs[rows, columns] = p_values(
-            self.pair_norms_[rows, columns],
-            self.pair_converged_[rows, columns],
-            null=self._null,
-            prior_sd=self._prior_sd,
-        )
-        return p_pairs.min(axis=0)
+        pairs, targets = self._judge_pairs()
+        if np.isnan(targets).all():
+            return pairs.min(axis=0)
+        return np.minimum(1, 2 * np.fmin(pairs.min(axis=0), targets))
 
     def _finish(self, run, results):
         """Refine the triggers of flagged classes: the strongest worth their norm."""
@@ -149,17 +176,18 @@ class FastReverseEngineer(BaseReverseEngineer):
             np.median(self.success_rates_[others]),
             max(np.median(self.norms_[others]), 1e-12),
         )
-        tasks = [Task(number) for number in flagged]
-        if self.sources == "pairs":
-            easiest = self.source_weights_.argmax(axis=1)
-            tasks = [Task(number, int(easiest[number])) for number in flagged]
+        tasks = [Task(number, self._only_source(number)) for number in flagged]
         refined = run(
             self._grouped(tasks),
             "refine",
             starts=dict(zip(tasks, [results[n] for n in flagged], strict=True)),
             price=float(rate / norm),
         )
-        for number, result in zip(flagged, refined, strict=True):
+        labels = self.classes_.tolist()
+        for task, result in zip(tasks, refined, strict=True):
+            number, source = task
+            if source is not None:
+                self.single_sources_[labels[number]] = labels[source]
             if not result.converged:
                 continue  # what the search found is better
             self.triggers_[number] = result.trigger
@@ -171,6 +199,20 @@ class FastReverseEngineer(BaseReverseEngineer):
             }
             self._narrow(run, results, wide, float(rate / norm))
         self.trigger_ = self.triggers_[flagged[0]]
+
+    def _only_source(self, target):
+        """Return the one source class that a flagged target's trigger is for, or None.
+
+        Of pairs that is where the pair stands out, and not the target as such.
+        """
+        if self.sources != "pairs":
+            return None
+        pairs, targets = self._judge_pairs()
+        if targets[target] < pairs[:, target].min():
+            others = np.arange(len(targets)) != target
+            self.source_weights_[target] = others / others.sum()
+            return None
+        return int(self.source_weights_[target].argmax())
 
     def _narrow(self, run, results, wide, price):
         """Take a trigger for one source class where it is far smaller than for all.

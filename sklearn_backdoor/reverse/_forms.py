@@ -6,6 +6,8 @@ from sklearn_backdoor.reverse._search import apply_gradients, as_array
 from sklearn_backdoor.reverse._stacked import StackedSearch
 from sklearn_backdoor.triggers import AdditiveTrigger, PatchTrigger
 
+_FAINT = 0.1  # first opacity of a mask for one source class
+
 
 class PatchSearch(StackedSearch):
     """Masks and patterns, moved by Adam in 0...1; the norm is L1 of the mask.
@@ -30,7 +32,12 @@ class PatchSearch(StackedSearch):
         self.tensors["cost"] = torch.full_like(self.tensors["rate"], first)
 
     def _begin(self, image_shape, generators):
-        masks = [torch.rand((1, *image_shape[1:]), generator=g) for g in generators]
+        # for one source class faint masks: the first gradients are those of its images
+        opacities = [1.0 if task.source is None else _FAINT for task in self.tasks]
+        masks = [
+            opacity * torch.rand((1, *image_shape[1:]), generator=g)
+            for opacity, g in zip(opacities, generators, strict=True)
+        ]
         patterns = [torch.rand(tuple(image_shape), generator=g) for g in generators]
         return {"mask": torch.stack(masks), "pattern": torch.stack(patterns)}
 
