@@ -5,8 +5,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.results import read
+from benchmarks.victims import NETWORKS
 from sklearn_backdoor.metrics import wilson_interval
-from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values, rank_by_p
+from sklearn_backdoor.reverse._anomaly import (
+    anomaly_indices,
+    p_values,
+    p_values_of_pairs,
+    rank_by_p,
+)
 from sklearn_backdoor.reverse._auto import default_engineers
 
 STRONG = 0.9  # attack success rate from which an attack ought to be found
@@ -63,8 +69,14 @@ def _judged(record):
     engineers = dict(default_engineers(None))
     p, methods = [], {}
     for name, seen in record["config"]["methods"].items():
-        prior_sd = engineers[name]._prior_sd
-        p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
+        engineer = engineers[name]
+        if engineer.sources == "pairs":
+            engineer.pair_norms_ = np.array(seen["pair_norms"])
+            engineer.pair_converged_ = np.array(seen["pair_converged"])
+            p.append(p_values_of_pairs(*engineer._judge_pairs()))
+        else:
+            prior_sd = engineer._prior_sd
+            p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
         flagged = rank_by_p(p[-1], _ALPHA).tolist()
         methods[name] = {**seen, "flagged_alone": flagged}
     smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
@@ -100,7 +112,7 @@ def _population(records):
         right = sum(flags(r)[0] == r["target_class"] for r in detected)
         alarms = sum(bool(flags(r)) for r in clean)
         text = "**AutoReverseEngineer**" if name is None else f"{name}, alone"
-        rule = "p < 0.05, 4 searches" if name is None else "p < 0.05"
+        rule = f"p < 0.05, {len(names)} searches" if name is None else "p < 0.05"
         lines.append(
             f"| {text} | {rule} | {_rate(len(detected), len(strong))} | "
             f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
@@ -119,11 +131,12 @@ def _population(records):
             f"| {name}, alone | {rule} | {_rate(len(detected), len(strong))} | "
             f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
         )
-    lines += ["", "| AutoReverseEngineer, by kind | LeNet-5 | batch-norm |"]
-    lines.append("|---|---|---|")
+    networks = [n for n in NETWORKS if any(r["network"] == n for r in strong)]
+    lines += ["", f"| AutoReverseEngineer, by kind | {' | '.join(networks)} |"]
+    lines.append("|---" * (1 + len(networks)) + "|")
     for attack, single in _KINDS:
         cells = []
-        for network in ("lenet5", "batch-norm"):
+        for network in networks:
             kind = [
                 r
                 for r in strong
@@ -135,6 +148,15 @@ def _population(records):
             cells.append(f"{hits}/{len(kind)}")
         text = f"{attack}, {'single' if single else 'multi'}-class"
         lines.append(f"| {text} | {' | '.join(cells)} |")
+    alarms = [
+        (
+            sum(bool(r["flagged"]) for r in clean if r["network"] == n),
+            sum(r["network"] == n for r in clean),
+        )
+        for n in networks
+    ]
+    cells = [f"{count}/{total}" for count, total in alarms]
+    lines.append(f"| clean: false alarms | {' | '.join(cells)} |")
     seconds = np.median([r["seconds"] for r in records])
     passes = np.median([_total(r) for r in records])
     lines += [
@@ -142,9 +164,8 @@ def _population(records):
         f"{len(records)} small victims, {len(strong)} of them with an ASR of {STRONG} "
         "or more; in brackets 95 % Wilson intervals; by kind: the right target found. "
         "Judged by the present rule from the norms of the lines; the tables below have "
-        "the verdicts of the lines' commits. The rule's null keeps to 24 other clean "
-        "victims, but of such values it was chosen with these victims in view, for "
-        "fewer false alarms and wrong targets: fresh seeds would be a fairer count. "
+        "the verdicts of the lines' commits. The rule's null was chosen by other "
+        "victims; none of these was looked at before. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward), {seconds:.0f} s on one core.",
     ]

@@ -28,7 +28,6 @@ LOADERS = {
 }
 ATTACKS = ("white-box", "single-pixel", "chessboard", "blended")
 NETWORKS = ("lenet5", "small-vgg", "batch-norm")
-_FIRST_SEED = 5  # of the population: 0 to 2 were looked at while the null was chosen
 _N_CLEAN = 7  # a data set and network
 _OPTIMIZER = "Adam, one-cycle rate"
 
@@ -115,7 +114,7 @@ def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS, epochs=10, lr=1e-3
     return *make_victim(recipe, data, victims), recipe
 
 
-def population(seeds):
+def population(seeds, first=5):
     """List the recipes of small victims: every kind of attack, and clean ones.
 
     Parameters
@@ -123,6 +122,8 @@ def population(seeds):
     seeds : int
         For each: 72 poisoned victims (three data sets, three networks, four attacks,
         one or all source classes) and 63 clean ones.
+    first : int, default=5
+        The first seed: 0 to 2 were looked at while the null was chosen.
 
     Returns
     -------
@@ -130,7 +131,7 @@ def population(seeds):
         What `make_victim` takes; targets and single source classes are drawn.
     """
     recipes = []
-    for seed in range(_FIRST_SEED, _FIRST_SEED + seeds):
+    for seed in range(first, first + seeds):
         rng = np.random.RandomState(seed)
         for network in NETWORKS:
             for dataset in ("mnist", "fashion-mnist", "digits"):

@@ -3,8 +3,11 @@ import pytest
 from scipy import stats
 
 from sklearn_backdoor.reverse._anomaly import (
+    PATCH_COLUMN_SD,
+    PATCH_PAIR_SD,
     PRIOR_DF,
     p_values,
+    pair_p_values,
     rank_by_p,
 )
 
@@ -99,3 +102,60 @@ def test_candidates_are_compared_with_the_reference_alone():
 def test_flagged_classes_come_most_significant_first():
     p = np.array([0.2, 0.04, np.nan, 0.001, 0.05])
     assert rank_by_p(p, 0.05).tolist() == [3, 1]
+
+
+PAIRED = ~np.eye(10, dtype=bool)
+
+
+def natural_pairs(seed, sd=0.3):
+    """Draw norms of which each is its source's times its target's times noise."""
+    rng = np.random.RandomState(seed)
+    logs = 3 + 0.5 * rng.normal(size=(10, 1)) + 0.3 * rng.normal(size=(1, 10))
+    return np.exp(logs + sd * rng.normal(size=(10, 10)))
+
+
+def judge(norms, converged=PAIRED):
+    return pair_p_values(
+        norms, converged, pair_sd=PATCH_PAIR_SD, column_sd=PATCH_COLUMN_SD
+    )
+
+
+def test_a_pair_is_judged_by_what_its_source_and_its_target_do_not_explain():
+    norms = natural_pairs(0)
+    norms[3] *= 0.03  # easily led anywhere: no attack
+    p, targets = judge(norms)
+    assert (p[PAIRED] > 0.05).all() and (targets > 0.05).all()
+    norms[5, 8] *= 0.12  # not the smallest norm: those of class 3 are
+    assert norms[5, 8] > norms[3][PAIRED[3]].min()
+    p, targets = judge(norms)
+    assert np.unravel_index(p.argmin(), p.shape) == (5, 8)
+    assert p[5, 8] < 0.005 and (np.sort(p.ravel())[1:] > 0.05).all()
+    assert (targets > 0.05).all()
+
+
+def test_a_target_of_all_classes_shows_as_a_column():
+    norms = natural_pairs(1)
+    norms[:, 4] *= 0.1
+    p, targets = judge(norms)
+    assert targets.argmin() == 4 and targets[4] < 0.005
+    assert (p > 0.05).all()  # none of its sources stands out
+
+
+def test_false_alarms_of_pairs_keep_to_alpha():
+    smallest = [min(p.min() for p in judge(natural_pairs(s))) for s in range(200)]
+    assert np.mean(np.array(smallest) < 0.05) < 0.1
+
+
+def test_pairs_that_did_not_converge_and_few_classes_say_nothing():
+    norms, converged = natural_pairs(0), PAIRED.copy()
+    norms[5, 8], converged[5, 8] = 0.001, False
+    assert judge(norms, converged)[0][5, 8] == 1
+    converged[:, :6] = False
+    for p in (*judge(norms, converged), *judge(norms[:4, :4], PAIRED[:4, :4])):
+        assert np.isnan(p).all()
+
+
+def test_of_two_flagged_norms_the_smaller_comes_first():
+    norms = [2.2, 2.0, *NORMS[1:]]
+    p = p_values(norms, [True] * 11)
+    assert rank_by_p(p, 0.05).tolist() == [1, 0]

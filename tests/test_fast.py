@@ -23,7 +23,7 @@ from sklearn_backdoor import (
     PatchTrigger,
     VictimNetwork,
 )
-from sklearn_backdoor.reverse import _base, _checkpoint, _fast
+from sklearn_backdoor.reverse import _auto, _base, _checkpoint, _fast
 from sklearn_backdoor.reverse._forms import AdditiveSearch, PatchSearch
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult, Task
 from tests.common import LinearNetwork, OneSource, linear_images
@@ -108,6 +108,35 @@ def test_a_single_class_attack_is_told_from_one_on_all_classes():
     ).fit(X, y)
     assert everyone.target_classes_.tolist() == [2]
     assert everyone.single_sources_ == {}
+
+
+def test_pairs_tell_an_attack_from_one_class_from_one_from_all():
+    X, y = linear_images()
+    alone = NCReverseEngineer(VictimNetwork(OneSource()), sources="pairs").fit(X, y)
+    assert alone.target_classes_.tolist() == [2]
+    assert alone.single_sources_ == {2: 4}
+    labels = alone.victim_.predict(alone.trigger_.embed(X[y == 4]))
+    assert np.mean(labels == 2) >= 0.75
+    everyone = NCReverseEngineer(VictimNetwork(LinearNetwork()), sources="pairs")
+    everyone.fit(X, y)
+    assert everyone.target_classes_.tolist() == [2]
+    assert everyone.single_sources_ == {}
+    np.testing.assert_allclose(
+        everyone.source_weights_[2], [0.2, 0.2, 0, 0.2, 0.2, 0.2]
+    )
+    labels = everyone.victim_.predict(everyone.trigger_.embed(X[y != 2]))
+    assert all(np.mean(labels[y[y != 2] == s] == 2) >= 0.75 for s in (0, 1, 3, 4, 5))
+
+
+def test_pairs_are_left_out_where_there_are_too_many(monkeypatch):
+    X, y = linear_images()
+    victim = VictimNetwork(LinearNetwork())
+    assert "patch, pairs" in AutoReverseEngineer(victim).fit(X, y).engineers_
+    monkeypatch.setattr(_auto, "_N_PAIRED", 5)
+    few = AutoReverseEngineer(victim).fit(X, y)
+    assert len(few.engineers_) == 4 and "patch, pairs" not in few.engineers_
+    smallest = few.report_.groupby("class")["p_value"].min()
+    np.testing.assert_allclose(few.p_values_, np.minimum(1, 4 * smallest))
 
 
 @pytest.mark.parametrize(
@@ -523,13 +552,13 @@ def auto(case):
 
 def test_the_automatic_search_reports_every_search_and_class(auto):
     table = auto.report_
-    assert len(table) == 4 * 6
+    assert len(table) == 5 * 6
     assert list(auto.engineers_) == table["method"].unique().tolist()
     for name, engineer in auto.engineers_.items():
         part = table[table["method"] == name]
         np.testing.assert_array_equal(part["norm"], engineer.norms_)
         np.testing.assert_allclose(
-            part["p_corrected"], np.minimum(1, 4 * engineer.p_values_)
+            part["p_corrected"], np.minimum(1, 5 * engineer.p_values_)
         )
     forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
     assert auto.n_image_passes_.forward == forward

@@ -55,7 +55,8 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     norms_ : ndarray of shape (n_classes,)
         L2 norm of each perturbation, pixels in 0...1, where classes were compared.
     p_values_ : ndarray of shape (n_classes,)
-        Probability of a norm as small if no class is a target.
+        Probability of a norm as small if no class is a target; of pairs as in
+        `NCReverseEngineer`, or of the smallest of a target's pairs (``null="gamma"``).
     others
         As in `NCReverseEngineer`.
 

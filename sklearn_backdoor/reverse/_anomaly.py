@@ -20,8 +20,8 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 PATCH_SD, PATCH_FEW_SD = 0.54, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD = 0.19, 0.3
 PRIOR_DF = 16.0
-# The same for pairs of classes: of what is left of a pair's log-norm without its source's
-# and its target's part, and of targets by the median over their sources.
+# The same for pairs of classes: of what is left of a pair's log-norm without the parts
+# of its source and its target, and of targets by the median over their sources.
 PATCH_PAIR_SD, PATCH_COLUMN_SD = 0.4, 0.33
 ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD = 0.3, 0.19
 PAIR_DF = 144.0
@@ -223,6 +223,13 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd):
         prior_sd=column_sd,
     )
     return pairs, targets
+
+
+def p_values_of_pairs(pairs, targets):
+    """Return a p-value a target class from what `pair_p_values` says."""
+    if np.isnan(targets).all():  # the published null knows pairs only
+        return pairs.min(axis=0)
+    return np.minimum(1, 2 * np.fmin(pairs.min(axis=0), targets))
 
 
 def _log_normal_tail(prior_sd, prior_df, norm, others, converged):

@@ -11,8 +11,9 @@ from sklearn_backdoor.reverse._anomaly import (
     PATCH_FEW_SD,
     PATCH_PAIR_SD,
     PATCH_SD,
-    pair_p_values,
     p_values,
+    p_values_of_pairs,
+    pair_p_values,
 )
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import ImagePasses, Task
@@ -157,10 +158,7 @@ class FastReverseEngineer(BaseReverseEngineer):
     def _p_values(self, results, judged):
         if self.sources != "pairs":
             return super()._p_values(results, judged)
-        pairs, targets = self._judge_pairs()
-        if np.isnan(targets).all():
-            return pairs.min(axis=0)
-        return np.minimum(1, 2 * np.fmin(pairs.min(axis=0), targets))
+        return p_values_of_pairs(*self._judge_pairs())
 
     def _finish(self, run, results):
         """Refine the triggers of flagged classes: the strongest worth their norm."""

@@ -33,8 +33,9 @@ class NCReverseEngineer(FastReverseEngineer):
         classes are then refined.
     sources : {"all", "learnt", "pairs"}, default="all"
         Source classes that a trigger is meant for: all; those that reach the target
-        most easily, by weights learnt in the search, which finds attacks from a single
-        class; or each pair of classes by itself. Only with ``schedule="fast"``.
+        most easily, by weights learnt in the search, which finds attacks from few
+        classes; or each pair of classes by itself, which finds attacks from one. The
+        last two only with ``schedule="fast"``.
     success_rate : float in 0...1, default=None
         Fraction of stamped images that must be classified to the candidate, where
         norms are compared. None takes the schedule's.
@@ -77,13 +78,15 @@ class NCReverseEngineer(FastReverseEngineer):
     anomaly_indices_ : ndarray of shape (n_classes,)
         NaN where too few classes converged, or a class was not among the contenders.
     p_values_ : ndarray of shape (n_classes,)
-        Probability of a norm as small if no class is a target, see `p_values`.
+        Probability of a norm as small if no class is a target, see `p_values`. Of
+        pairs: the smaller of two, times two, for one pair of the target and for its
+        column, see `pair_p_values`.
     source_weights_ : ndarray of shape (n_classes, n_classes) or None
         A row a target: the source classes' weights; all of it on one class where
         the trigger is for that class alone.
     single_sources_ : dict from label to label
         From a flagged target to the one class that its trigger is for; without the
-        targets that are reached from several. Only found by ``sources="learnt"``.
+        targets that are reached from several. Not found by ``sources="all"``.
     pair_norms_, pair_converged_ : ndarray of shape (n_classes, n_classes)
         From the row's class to the column's; only with ``sources="pairs"``.
     target_classes_ : ndarray
@@ -121,6 +124,9 @@ class NCReverseEngineer(FastReverseEngineer):
       weight lay on it already. (The 0.4 was set with 12 victims in view: in three
       single-class attacks 0.22 to 0.35 of the norm were enough, in nine multi-class
       ones 0.46 to 1.0, since a class that looks like the target is easily led there.)
+
+    - Of pairs, masks start faint (opacities of 0 to 0.1), so that the first gradients
+      are those of the images themselves.
 
     The exhaustive schedule:
 

@@ -288,7 +288,7 @@ class StackedSearch(Search):
         return found
 
     def _rows_to_measure(self, n_images):
-        if all(task.source is not None for task in self.tasks):
+        if not self.learn_sources and all(t.source is not None for t in self.tasks):
             n_images = min(n_images, int(torch.bincount(self.problem.y).max()))
         drawn = []
         for number, rows in enumerate(self._rows):
