@@ -16,6 +16,7 @@ from benchmarks.victims import (
     make_victim,
     many_classes,
     population,
+    weak,
 )
 from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, white_box
 from sklearn_backdoor.io import load_network
@@ -25,7 +26,16 @@ from sklearn_backdoor.reverse import (
     default_engineers,
 )
 
-PARTS = ("calibration", "population", "cost", "classes", "shared", "budget", "inflight")
+PARTS = (
+    "calibration",
+    "population",
+    "weak",
+    "cost",
+    "classes",
+    "shared",
+    "budget",
+    "inflight",
+)
 VERSION = 3  # raise it when a change of the code makes old lines obsolete
 _N_UNSEEN = 2000  # images on which an estimated trigger is tried
 _CLASS_COUNTS = (10, 43, 100, 300)
@@ -116,6 +126,7 @@ def scan(parts, bench):
         {
             "calibration": run_calibration,
             "population": run_population,
+            "weak": run_weak,
             "cost": run_cost,
             "classes": run_classes,
             "shared": run_shared,
@@ -127,6 +138,11 @@ def scan(parts, bench):
 def run_calibration(bench):
     """Scan clean victims that no other part sees; the null's priors are from them."""
     run_population(bench, "calibration", calibration())
+
+
+def run_weak(bench):
+    """Scan victims of weak attacks."""
+    run_population(bench, "weak", weak())
 
 
 def run_population(bench, part="population", recipes=None):

@@ -164,6 +164,20 @@ def calibration():
     ]
 
 
+def weak():
+    """List the recipes of eight victims of few poisoned images, so of weak attacks.
+
+    Returns
+    -------
+    list of dict
+    """
+    return [
+        {**_small(dataset, "lenet5", 0, "white-box", "all", 9), "n_per_class": number}
+        for dataset in ("mnist", "fashion-mnist")
+        for number in (2, 3, 4, 5)
+    ]
+
+
 def _small(dataset, network, seed, attack, sources, target):
     digits = dataset == "digits"
     epochs = 60 if digits else 10
