@@ -30,8 +30,8 @@ _ALONE = 0.9  # of the learnt weights: the search was for one source already
 class FastReverseEngineer(BaseReverseEngineer):
     """Search all classes at the same small budget, refine only those flagged.
 
-    With more classes than 32, a short screening of all chooses 16 contenders, which are
-    compared with a random sample of 16 classes.
+    With more classes than 32, a screening chooses 16 contenders by successive halving;
+    they are compared with a random sample of 16 classes, at the same budget.
 
     A subclass names its kind of `StackedSearch` in ``_kind``.
     """
@@ -61,7 +61,7 @@ class FastReverseEngineer(BaseReverseEngineer):
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         steps = self._steps()
-        if stage == "screen":
+        if stage.startswith("screen"):
             steps = min(_SCREEN_STEPS, steps)
         rate = self._rate if self.success_rate is None else self.success_rate
         return self._kind(
@@ -82,8 +82,8 @@ class FastReverseEngineer(BaseReverseEngineer):
         tasks = [Task(target) for target in range(n_classes)]
         if n_classes <= _N_CONTENDERS + _N_REFERENCE:
             return run(self._grouped(tasks))
-        results = run(self._grouped(tasks), "screen")
-        best = np.argsort([result.norm for result in results])[:_N_CONTENDERS]
+        results = run(self._grouped(tasks), "screen1")
+        best = self._halve(run, results)
         random_state = check_random_state(run.seeds[0])
         reference = random_state.choice(n_classes, _N_REFERENCE, replace=False)
         chosen = [tasks[number] for number in np.union1d(best, reference)]
@@ -100,6 +100,19 @@ class FastReverseEngineer(BaseReverseEngineer):
             is_reference = task.target in reference
             results[task.target] = result._replace(reference=is_reference)
         return results
+
+    def _halve(self, run, results):
+        """Search the better half further until few are left; return their numbers."""
+        found, level = dict(enumerate(results)), 2
+        while True:
+            n_kept = max(_N_CONTENDERS, len(found) // 2)
+            kept = sorted(sorted(found, key=lambda number: found[number].norm)[:n_kept])
+            if n_kept == _N_CONTENDERS:
+                return kept
+            starts = {Task(number): found[number] for number in kept}
+            further = run(self._grouped(list(starts)), f"screen{level}", starts=starts)
+            found = dict(zip(kept, further, strict=True))
+            level += 1
 
     def _search_pairs(self, run, n_classes):
         """Search every pair; return each target's result from its oddest source."""
