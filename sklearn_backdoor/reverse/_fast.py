@@ -15,11 +15,16 @@ from sklearn_backdoor.reverse._anomaly import (
     p_values_of_pairs,
     pair_p_values,
 )
-from sklearn_backdoor.reverse._base import BaseReverseEngineer
+from sklearn_backdoor.reverse._base import (
+    BIG,
+    BaseReverseEngineer,
+    count_parameters,
+)
 from sklearn_backdoor.reverse._search import ImagePasses, Task
 
 SOURCES = ("all", "learnt", "pairs")
 _STEPS, _SCREEN_STEPS = 60, 20
+_OVERWHELMING = 0.001  # p-value at which a search need not go further
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
@@ -81,7 +86,7 @@ class FastReverseEngineer(BaseReverseEngineer):
             return self._search_pairs(run, n_classes)
         tasks = [Task(target) for target in range(n_classes)]
         if n_classes <= _N_CONTENDERS + _N_REFERENCE:
-            return run(self._grouped(tasks))
+            return self._search_until_clear(run, self._grouped(tasks))
         results = run(self._grouped(tasks), "screen1")
         best = self._halve(run, results)
         random_state = check_random_state(run.seeds[0])
@@ -94,12 +99,46 @@ class FastReverseEngineer(BaseReverseEngineer):
             )
             for result in results
         ]
-        for task, result in zip(
-            chosen, run(self._grouped(chosen), starts=starts), strict=True
-        ):
+        found = self._search_until_clear(run, self._grouped(chosen), starts)
+        for task, result in zip(chosen, found, strict=True):
             is_reference = task.target in reference
             results[task.target] = result._replace(reference=is_reference)
         return results
+
+    def _search_until_clear(self, run, groups, starts=None):
+        """Search for all steps; go on for as many unless a norm stands out at once.
+
+        The second look takes no correction, since the first asks for so much more
+        (Haybittle and Peto's rule).
+        """
+        tasks: list[Task] = sum(groups, [])
+        found = run(groups, starts=starts)
+        if not self._goes_further(run, tasks, found):
+            return found
+        further = run(groups, "further", starts=dict(zip(tasks, found, strict=True)))
+        return [
+            min(pair, key=lambda result: (not result.converged, result.norm))
+            for pair in zip(found, further, strict=True)
+        ]
+
+    def _goes_further(self, run, tasks, found):
+        if self.max_steps is not None:
+            return False
+        n_classes = len(run.victim.classes_)
+        if self.sources == "pairs":
+            if count_parameters(run.victim.network_) >= BIG:
+                return False  # it would take too long
+            self._keep_pairs(tasks, found, n_classes)
+            p = p_values_of_pairs(*self._judge_pairs())
+        else:
+            p = p_values(
+                [result.norm for result in found],
+                [result.converged for result in found],
+                null=self._null,
+                prior_sd=self._prior_sd,
+                n_candidates=n_classes,
+            )
+        return not (np.nan_to_num(p, nan=1.0) < _OVERWHELMING).any()
 
     def _halve(self, run, results):
         """Search the better half further until few are left; return their numbers."""
@@ -120,16 +159,14 @@ class FastReverseEngineer(BaseReverseEngineer):
             [Task(target, source) for source in range(n_classes) if source != target]
             for target in range(n_classes)
         ]
-        results = iter(run(groups))
-        self.pair_norms_ = np.full((n_classes, n_classes), np.nan)
-        self.pair_converged_ = np.zeros((n_classes, n_classes), dtype=bool)
-        found: dict = {}
-        for task in sum(groups, []):
-            result = next(results)
-            weights = np.eye(n_classes)[task.source]
-            found[task] = result._replace(source_weights=weights)
-            self.pair_norms_[task.source, task.target] = result.norm
-            self.pair_converged_[task.source, task.target] = result.converged
+        tasks: list[Task] = sum(groups, [])
+        results = self._search_until_clear(run, groups)
+        self._keep_pairs(tasks, results, n_classes)
+        alone = np.eye(n_classes)
+        found = {
+            task: result._replace(source_weights=alone[task.source])
+            for task, result in zip(tasks, results, strict=True)
+        }
         p = np.nan_to_num(self._judge_pairs()[0], nan=1.0)
         best = [
             min(
@@ -143,6 +180,13 @@ class FastReverseEngineer(BaseReverseEngineer):
             for group in groups
         ]
         return [found[task] for task in best]
+
+    def _keep_pairs(self, tasks, results, n_classes):
+        self.pair_norms_ = np.full((n_classes, n_classes), np.nan)
+        self.pair_converged_ = np.zeros((n_classes, n_classes), dtype=bool)
+        for (target, source), result in zip(tasks, results, strict=True):
+            self.pair_norms_[source, target] = result.norm
+            self.pair_converged_[source, target] = result.converged
 
     def _judge_pairs(self):
         """Return p-values of pairs, and of targets as such."""

@@ -26,10 +26,15 @@ class PatchSearch(StackedSearch):
         self.optimizer = torch.optim.Adam(
             list(self._now.values()), lr=self._lr, betas=self._betas
         )
-        first = 1 / self.tensors["mask"][0].numel()
+        cost = torch.full_like(
+            self.tensors["rate"], 1 / self.tensors["mask"][0].numel()
+        )
         if self.price is not None:
-            first = 2 * self.price  # about two nats for a success
-        self.tensors["cost"] = torch.full_like(self.tensors["rate"], first)
+            cost = torch.full_like(cost, 2 * self.price)  # two nats for a success
+        elif options.get("starts") is not None:
+            norms = self._norms(self._now).detach()
+            cost = 2 * self.success_rate / norms.clamp_min(1.0)
+        self.tensors["cost"] = cost
 
     def _begin(self, image_shape, generators):
         # for one source class faint masks: the first gradients are those of its images
