@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 from torch import nn
 
 from sklearn_backdoor import (
@@ -270,6 +272,30 @@ def test_the_additive_search_finds_a_faint_pattern(case):
     assert np.corrcoef(found.ravel(), board.ravel())[0, 1] > 0.6
 
 
+@pytest.mark.parametrize("sources", ["all", "pairs"])
+def test_a_search_goes_on_unless_a_norm_stands_out_at_once(case, monkeypatch, sources):
+    network, X, y = case
+    once = NCReverseEngineer(VictimNetwork(network), max_steps=12, sources=sources)
+    engineer = clone(once).set_params(max_steps=None)
+    passes = 12 * 32 * (6 if sources == "all" else 30)
+    monkeypatch.setattr(_fast, "_STEPS", 12)
+    once.fit(X, y)
+    for p_value, rounds in ((1.1, 1), (0.0, 2)):
+        monkeypatch.setattr(_fast, "_OVERWHELMING", p_value)
+        engineer.fit(X, y)
+        n_refined = len(engineer.target_classes_)
+        expected = rounds * passes + n_refined * 12 * 32
+        assert engineer.n_image_passes_.backward == expected
+        if rounds == 1:
+            same(engineer, once)
+    kept = "norms_" if sources == "all" else "pair_norms_"
+    norms, before = (getattr(each, kept) for each in (engineer, once))
+    assert np.nanmax(norms - before) <= 0 and np.nanmin(norms - before) < 0
+    monkeypatch.setattr(_fast, "BIG", 1)
+    engineer.fit(X, y)
+    assert (engineer.n_image_passes_.backward < 2 * passes) == (sources == "pairs")
+
+
 def test_many_classes_are_halved_and_compared_with_a_random_reference():
     n_classes = 40
     rng = np.random.default_rng(0)
@@ -329,6 +355,7 @@ def make_engineers(victim, folder=None):
             victim, max_steps=12, schedule="exhaustive", checkpoint_dir=folder
         ),
         AdditiveReverseEngineer(victim, max_steps=12, checkpoint_dir=folder),
+        NCReverseEngineer(victim, checkpoint_dir=folder),
     ]
 
 
@@ -336,13 +363,16 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize("after", [1, 7, 13, 20])
+@pytest.mark.parametrize(
+    "number, after", [*product(range(3), (1, 7, 13, 20)), (3, 12), (3, 30), (3, 44)]
+)
 def test_a_search_that_was_cut_ends_with_the_same_bits(
     case, tmp_path, monkeypatch, number, after
 ):
     network, X, y = case
     victim = VictimNetwork(network)
+    monkeypatch.setattr(_fast, "_STEPS", 12)
+    monkeypatch.setattr(_fast, "_OVERWHELMING", 0.0)  # the last one goes further
     whole = make_engineers(victim)[number].fit(X, y)
     monkeypatch.setattr(_checkpoint, "_SECONDS", 0.0)
     engineer = make_engineers(victim, tmp_path)[number]
@@ -515,7 +545,7 @@ def test_bfloat16_is_used_where_it_pays_and_the_labels_hold(case, monkeypatch):
     network, X, y = case
     engineer = NCReverseEngineer(VictimNetwork(network), max_steps=12)
     exact = engineer.fit(X, y).norms_
-    monkeypatch.setattr(_base, "_BIG", 0)
+    monkeypatch.setattr(_base, "BIG", 0)
     monkeypatch.setattr(_base, "processor_has_bfloat16", lambda: True)
     rounded = engineer.fit(X, y)
     assert not np.array_equal(rounded.norms_, exact)

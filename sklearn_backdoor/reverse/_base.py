@@ -136,17 +136,22 @@ class BaseReverseEngineer(NotebookMixin, TransformerMixin, BaseEstimator, ABC):
         self._set_verdict(self._flag())
 
     def _p_values(self, results, judged):
-        reference = np.array([result.reference for result in results])
         p = np.full(len(results), np.nan)
-        p[judged] = p_values(
-            self.norms_[judged],
-            self.converged_[judged],
-            null=self._null,
-            prior_sd=self._prior_sd,
-            n_candidates=len(results),
-            reference=reference[judged],
+        p[judged] = self._compare(
+            [result for result in results if result.judged], len(results)
         )
         return p
+
+    def _compare(self, results, n_candidates):
+        """Return a p-value for each result, against those that are for reference."""
+        return p_values(
+            [result.norm for result in results],
+            [result.converged for result in results],
+            null=self._null,
+            prior_sd=self._prior_sd,
+            n_candidates=n_candidates,
+            reference=np.array([result.reference for result in results]),
+        )
 
     def _set_verdict(self, flagged):
         self.target_classes_ = self.classes_[flagged]

@@ -99,23 +99,33 @@ class FastReverseEngineer(BaseReverseEngineer):
             )
             for result in results
         ]
-        found = self._search_until_clear(run, self._grouped(chosen), starts)
+        found = self._search_until_clear(
+            run, self._grouped(chosen), starts=starts, reference=reference
+        )
         for task, result in zip(chosen, found, strict=True):
-            is_reference = task.target in reference
-            results[task.target] = result._replace(reference=is_reference)
+            results[task.target] = result
         return results
 
-    def _search_until_clear(self, run, groups, starts=None):
+    def _search_until_clear(self, run, groups, *, starts=None, reference=None):
         """Search for all steps; go on for as many unless a norm stands out at once.
 
         The second look takes no correction, since the first asks for so much more
         (Haybittle and Peto's rule).
         """
         tasks: list[Task] = sum(groups, [])
-        found = run(groups, starts=starts)
+
+        def search(stage, starts):
+            return [
+                result._replace(reference=reference is None or task.target in reference)
+                for task, result in zip(
+                    tasks, run(groups, stage, starts=starts), strict=True
+                )
+            ]
+
+        found = search("search", starts)
         if not self._goes_further(run, tasks, found):
             return found
-        further = run(groups, "further", starts=dict(zip(tasks, found, strict=True)))
+        further = search("further", dict(zip(tasks, found, strict=True)))
         return [
             min(pair, key=lambda result: (not result.converged, result.norm))
             for pair in zip(found, further, strict=True)
@@ -131,13 +141,7 @@ class FastReverseEngineer(BaseReverseEngineer):
             self._keep_pairs(tasks, found, n_classes)
             p = p_values_of_pairs(*self._judge_pairs())
         else:
-            p = p_values(
-                [result.norm for result in found],
-                [result.converged for result in found],
-                null=self._null,
-                prior_sd=self._prior_sd,
-                n_candidates=n_classes,
-            )
+            p = self._compare(found, n_classes)
         return not (np.nan_to_num(p, nan=1.0) < _OVERWHELMING).any()
 
     def _halve(self, run, results):

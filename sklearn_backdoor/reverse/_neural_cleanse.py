@@ -41,7 +41,8 @@ class NCReverseEngineer(FastReverseEngineer):
         norms are compared. None takes the schedule's.
     max_steps : int, default=None
         Steps a class at most: mini-batches (fast) or passes over all images
-        (exhaustive). None takes 60 and 1000.
+        (exhaustive). None takes 1000 (exhaustive), or 60 and then, unless a norm
+        stands out at once, 60 more (fast).
     batch_size : int, default=32
         Images a mini-batch.
     threshold : float, default=None
@@ -113,6 +114,10 @@ class NCReverseEngineer(FastReverseEngineer):
     - Mask and pattern are moved by Adam and clipped to 0...1, without tanh; the cost
       follows the running success rate; classes share a batch, in bfloat16 where the
       processor has it, the network is large and the labels stay the same.
+    - After 60 steps it depends on the initial masks whether a trigger was found, so
+      the search goes on unless a p-value is below 0.001 already. Of the two masks of
+      a class the smaller one counts. Pairs of classes go on only where the network
+      has fewer than a million parameters.
     - At the end each mask is scaled to the smallest multiple that reaches the success
       rate, so that all are compared at the same one.
     - Refining goes on towards a success rate of 0.99, and keeps the trigger with the
@@ -124,7 +129,6 @@ class NCReverseEngineer(FastReverseEngineer):
       weight lay on it already. (The 0.4 was set with 12 victims in view: in three
       single-class attacks 0.22 to 0.35 of the norm were enough, in nine multi-class
       ones 0.46 to 1.0, since a class that looks like the target is easily led there.)
-
     - Of pairs, masks start faint (opacities of 0 to 0.1), so that the first gradients
       are those of the images themselves.
 
