@@ -82,7 +82,7 @@ def streaming(results, folder, images):
 @_data_dir
 @click.option("--shared", type=click.Path(exists=True), help="Victims of other code.")
 @click.option("--cifar10", type=click.Path(exists=True), help="Test images, by class.")
-@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
 @_victims
 @_results
 def scan(parts, data_dir, shared, cifar10, seeds, victims, results):
