@@ -21,7 +21,7 @@ from sklearn_backdoor.victim import check_victim
 _GROUP = 5  # tasks in one batch: fixed, so that n_jobs changes no result
 _FEW = 5  # images a class
 _BFLOAT16_PARITY = 0.98
-BIG = 1_000_000  # parameters; bfloat16 does not pay below
+_BIG = 1_000_000  # parameters; bfloat16 does not pay below
 
 
 class BaseReverseEngineer(NotebookMixin, TransformerMixin, BaseEstimator, ABC):
@@ -255,20 +255,12 @@ def _check_answers(victim, X, y):
     return len(X)
 
 
-def count_parameters(network):
-    """Return the number of a network's parameters."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 def _bfloat16_holds(victim, X):
     """Return whether bfloat16 pays and gives the same labels, and the passes taken."""
     network = victim.network_
+    n_parameters = sum(parameter.numel() for parameter in network.parameters())
     on_processor = victim.device_.type == "cpu"  # not tried on other devices
-    if (
-        count_parameters(network) < BIG
-        or not on_processor
-        or not processor_has_bfloat16()
-    ):
+    if n_parameters < _BIG or not on_processor or not processor_has_bfloat16():
         return False, 0
     images = to_tensor(X[:: -(-len(X) // 64)], victim.device_)
     with torch.no_grad():

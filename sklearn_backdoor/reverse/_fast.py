@@ -15,11 +15,7 @@ from sklearn_backdoor.reverse._anomaly import (
     p_values_of_pairs,
     pair_p_values,
 )
-from sklearn_backdoor.reverse._base import (
-    BIG,
-    BaseReverseEngineer,
-    count_parameters,
-)
+from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import ImagePasses, Task
 
 SOURCES = ("all", "learnt", "pairs")
@@ -86,7 +82,7 @@ class FastReverseEngineer(BaseReverseEngineer):
             return self._search_pairs(run, n_classes)
         tasks = [Task(target) for target in range(n_classes)]
         if n_classes <= _N_CONTENDERS + _N_REFERENCE:
-            return self._search_until_clear(run, self._grouped(tasks))
+            return self._search_until_clear(run, tasks)
         results = run(self._grouped(tasks), "screen1")
         best = self._halve(run, results)
         random_state = check_random_state(run.seeds[0])
@@ -100,49 +96,38 @@ class FastReverseEngineer(BaseReverseEngineer):
             for result in results
         ]
         found = self._search_until_clear(
-            run, self._grouped(chosen), starts=starts, reference=reference
+            run, chosen, starts=starts, reference=reference
         )
         for task, result in zip(chosen, found, strict=True):
             results[task.target] = result
         return results
 
-    def _search_until_clear(self, run, groups, *, starts=None, reference=None):
+    def _search_until_clear(self, run, tasks, *, starts=None, reference=None):
         """Search for all steps; go on for as many unless a norm stands out at once.
 
         The second look takes no correction, since the first asks for so much more
         (Haybittle and Peto's rule).
         """
-        tasks: list[Task] = sum(groups, [])
 
         def search(stage, starts):
             return [
                 result._replace(reference=reference is None or task.target in reference)
                 for task, result in zip(
-                    tasks, run(groups, stage, starts=starts), strict=True
+                    tasks, run(self._grouped(tasks), stage, starts=starts), strict=True
                 )
             ]
 
         found = search("search", starts)
-        if not self._goes_further(run, tasks, found):
+        if self.max_steps is not None or self.sources != "all":
+            return found
+        p = self._compare(found, n_candidates=len(run.victim.classes_))
+        if (np.nan_to_num(p, nan=1.0) < _OVERWHELMING).any():
             return found
         further = search("further", dict(zip(tasks, found, strict=True)))
         return [
             min(pair, key=lambda result: (not result.converged, result.norm))
             for pair in zip(found, further, strict=True)
         ]
-
-    def _goes_further(self, run, tasks, found):
-        if self.max_steps is not None:
-            return False
-        n_classes = len(run.victim.classes_)
-        if self.sources == "pairs":
-            if count_parameters(run.victim.network_) >= BIG:
-                return False  # it would take too long
-            self._keep_pairs(tasks, found, n_classes)
-            p = p_values_of_pairs(*self._judge_pairs())
-        else:
-            p = self._compare(found, n_classes)
-        return not (np.nan_to_num(p, nan=1.0) < _OVERWHELMING).any()
 
     def _halve(self, run, results):
         """Search the better half further until few are left; return their numbers."""
@@ -163,14 +148,16 @@ class FastReverseEngineer(BaseReverseEngineer):
             [Task(target, source) for source in range(n_classes) if source != target]
             for target in range(n_classes)
         ]
-        tasks: list[Task] = sum(groups, [])
-        results = self._search_until_clear(run, groups)
-        self._keep_pairs(tasks, results, n_classes)
-        alone = np.eye(n_classes)
-        found = {
-            task: result._replace(source_weights=alone[task.source])
-            for task, result in zip(tasks, results, strict=True)
-        }
+        results = iter(run(groups))
+        self.pair_norms_ = np.full((n_classes, n_classes), np.nan)
+        self.pair_converged_ = np.zeros((n_classes, n_classes), dtype=bool)
+        found: dict = {}
+        for task in sum(groups, []):
+            result = next(results)
+            weights = np.eye(n_classes)[task.source]
+            found[task] = result._replace(source_weights=weights)
+            self.pair_norms_[task.source, task.target] = result.norm
+            self.pair_converged_[task.source, task.target] = result.converged
         p = np.nan_to_num(self._judge_pairs()[0], nan=1.0)
         best = [
             min(
@@ -184,13 +171,6 @@ class FastReverseEngineer(BaseReverseEngineer):
             for group in groups
         ]
         return [found[task] for task in best]
-
-    def _keep_pairs(self, tasks, results, n_classes):
-        self.pair_norms_ = np.full((n_classes, n_classes), np.nan)
-        self.pair_converged_ = np.zeros((n_classes, n_classes), dtype=bool)
-        for (target, source), result in zip(tasks, results, strict=True):
-            self.pair_norms_[source, target] = result.norm
-            self.pair_converged_[source, target] = result.converged
 
     def _judge_pairs(self):
         """Return p-values of pairs, and of targets as such."""

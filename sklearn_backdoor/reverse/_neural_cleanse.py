@@ -41,8 +41,8 @@ class NCReverseEngineer(FastReverseEngineer):
         norms are compared. None takes the schedule's.
     max_steps : int, default=None
         Steps a class at most: mini-batches (fast) or passes over all images
-        (exhaustive). None takes 1000 (exhaustive), or 60 and then, unless a norm
-        stands out at once, 60 more (fast).
+        (exhaustive). None takes 1000 (exhaustive) or 60 (fast), and with
+        ``sources="all"`` 60 more, unless a norm stands out at once.
     batch_size : int, default=32
         Images a mini-batch.
     threshold : float, default=None
@@ -114,10 +114,10 @@ class NCReverseEngineer(FastReverseEngineer):
     - Mask and pattern are moved by Adam and clipped to 0...1, without tanh; the cost
       follows the running success rate; classes share a batch, in bfloat16 where the
       processor has it, the network is large and the labels stay the same.
-    - After 60 steps it depends on the initial masks whether a trigger was found, so
-      the search goes on unless a p-value is below 0.001 already. Of the two masks of
-      a class the smaller one counts. Pairs of classes go on only where the network
-      has fewer than a million parameters.
+    - After 60 steps it depends on the initial masks whether a trigger for all sources
+      was found, so that search goes on for 60 more unless a p-value is below 0.001
+      already; of a class's two masks the smaller one counts. Searches for learnt
+      sources and for pairs do not: they found no more.
     - At the end each mask is scaled to the smallest multiple that reaches the success
       rate, so that all are compared at the same one.
     - Refining goes on towards a success rate of 0.99, and keeps the trigger with the
