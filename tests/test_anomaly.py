@@ -5,6 +5,7 @@ from scipy import stats
 from sklearn_backdoor.reverse._anomaly import (
     PATCH_COLUMN_SD,
     PATCH_PAIR_SD,
+    PATCH_SD,
     PRIOR_DF,
     p_values,
     pair_p_values,
@@ -40,7 +41,7 @@ def test_p_values_do_not_depend_on_the_unit_or_the_order():
     np.testing.assert_allclose(p_values(np.array(NORMS)[order], ALL), p[order])
 
 
-@pytest.mark.parametrize("sd", [0.2, 0.54])
+@pytest.mark.parametrize("sd", [0.2, PATCH_SD])
 def test_false_alarms_keep_to_alpha_on_log_normal_norms(sd):
     rng = np.random.RandomState(0)
     smallest = [
@@ -91,7 +92,7 @@ def test_candidates_are_compared_with_the_reference_alone():
     reference = np.array([False] * 3 + [True] * 9)
     p = p_values(norms, [True] * 12, n_candidates=300, reference=reference)
     rest = np.log(NORMS[1:])
-    variance = (16 * 0.54**2 + 8 * rest.var(ddof=1)) / 24
+    variance = (16 * PATCH_SD**2 + 8 * rest.var(ddof=1)) / 24
     one = stats.t.cdf(
         (np.log([3.0, 5.0, 6.0]) - rest.mean()) / np.sqrt(variance * (1 + 1 / 9)), 24
     )
