@@ -5,7 +5,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.results import read
-from benchmarks.victims import NETWORKS
+from benchmarks.victims import NETWORKS, population
 from sklearn_backdoor.metrics import wilson_interval
 from sklearn_backdoor.reverse._anomaly import (
     anomaly_indices,
@@ -154,17 +154,21 @@ def _population(records):
         own = [r for r in clean if r["network"] == network]
         cells.append(f"{sum(bool(r['flagged']) for r in own)}/{len(own)}")
     lines.append(f"| clean: false alarms | {' | '.join(cells)} |")
+    n_all = len(population(1))
+    part = f", drawn from {n_all}" if len(records) < n_all else ""
     seconds = np.median([r["seconds"] for r in records])
     passes = np.median([_total(r) for r in records])
     lines += [
         "",
-        f"{len(records)} small victims, {len(strong)} of them with an ASR of {STRONG} "
-        "or more; in brackets 95 % Wilson intervals; by kind: the right target found. "
-        "Judged by the present rule from the norms of the lines; the tables below have "
-        "the verdicts of the lines' commits. The rule's null was chosen by other "
-        "victims; none of these was looked at before. "
+        f"{len(records)} small victims{part}, {len(strong)} of them with an ASR of "
+        f"{STRONG} or more; in brackets 95 % Wilson intervals; by kind: the right "
+        "target found. Judged by the present rule from the norms of the lines; the "
+        "tables below have the verdicts of the lines' commits. The rule's null was "
+        "chosen by other victims; that the search for all sources goes on where "
+        "nothing stands out, and the others do not, was decided with 15 attacked ones "
+        "of these in view. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
-        f"backward), {seconds:.0f} s on one core.",
+        f"backward), {seconds:.0f} s on one of two cores, both busy.",
     ]
     return "\n".join(lines)
 

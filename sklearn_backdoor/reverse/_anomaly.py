@@ -115,7 +115,7 @@ def p_values(
     null : {"log-normal", "gamma"}, default="log-normal"
         Distribution of the norms of classes that are no targets. "gamma" is the
         published one, of 1 / norm.
-    prior_sd : float, default=0.54
+    prior_sd : float, default=0.5
         Usual standard deviation of log-norms within a clean victim, for "log-normal".
     prior_df : float, default=16
         How many norms' worth of evidence that is.
