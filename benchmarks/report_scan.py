@@ -165,7 +165,7 @@ def _population(records):
         "target found. Judged by the present rule from the norms of the lines; the "
         "tables below have the verdicts of the lines' commits. The rule's null was "
         "chosen by other victims; that the search for all sources goes on where "
-        "nothing stands out, and the others do not, was decided with 15 attacked ones "
+        "nothing stands out, and the others do not, was decided with 20 attacked ones "
         "of these in view. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward), {seconds:.0f} s on one of two cores, both busy.",
