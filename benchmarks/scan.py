@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.quality import measure
 from benchmarks.results import append, read
+from benchmarks.scan_lines import by_method, say, scanned, success_rate
 from benchmarks.victims import (
     ATTACKS,
     calibration,
@@ -37,7 +38,6 @@ PARTS = (
     "inflight",
 )
 VERSION = 3  # raise it when a change of the code makes old lines obsolete
-_N_UNSEEN = 2000  # images on which an estimated trigger is tried
 _CLASS_COUNTS = (10, 43, 100, 300)
 _BUDGETS = (5, 8, 12, 20, 30, 45, 60)  # steps a class
 _SHARED = ("cifar10-resnet18-white-box-multi", "cifar10-resnet18-no-backdoor")
@@ -153,45 +153,17 @@ def run_population(bench, part="population", recipes=None):
             continue
         network, trigger, defense, unseen = bench.open(recipe)
         engineer = AutoReverseEngineer(VictimNetwork(network))
-        record = _scanned(engineer, recipe, trigger, defense, unseen)
+        record = scanned(engineer, recipe, trigger, defense, unseen)
         record["config"]["part"] = part
-        record["config"]["methods"] = _by_method(engineer)
+        record["config"]["methods"] = by_method(engineer)
         bench.append(
             {**record, "data_source": bench.data(recipe["dataset"]).data_source}
         )
-        _say(record)
-
-
-def _by_method(engineer):
-    """Return what each search of an automatic one saw."""
-    return {
-        name: {
-            "method": type(one).__name__,
-            "flagged_alone": one.classes_[one._flag()].tolist(),
-            "norms": one.norms_.tolist(),
-            "converged": one.converged_.tolist(),
-            "p_values": one.p_values_.tolist(),
-            "anomaly_indices": one.anomaly_indices_.tolist(),
-            "image_passes": one.n_image_passes_._asdict(),
-            **_pairs(one),
-        }
-        for name, one in engineer.engineers_.items()
-    }
-
-
-def _pairs(engineer):
-    """Return what a search saw of pairs of classes, if it was for these."""
-    norms = getattr(engineer, "pair_norms_", None)
-    if norms is None:
-        return {}
-    return {
-        "pair_norms": np.nan_to_num(norms, nan=-1).round(3).tolist(),
-        "pair_converged": engineer.pair_converged_.tolist(),
-    }
+        say(record)
 
 
 def _of_every_kind(recipes):
-    """Choose a victim for each attack and number of sources, and four clean ones."""
+    """Choose a victim for each attack and number of sources, and six clean ones."""
     chosen: dict = {}
     for recipe in recipes:
         single = recipe["sources"] not in ("all", None)
@@ -216,14 +188,14 @@ def run_cost(bench):
                 continue
             network, trigger, defense, unseen = bench.open(recipe)
             engineer = NCReverseEngineer(VictimNetwork(network), schedule=schedule)
-            record = _scanned(engineer, recipe, trigger, defense, unseen)
+            record = scanned(engineer, recipe, trigger, defense, unseen)
             record["config"]["part"] = "cost"
             record["config"]["p_flagged"] = np.flatnonzero(
                 np.nan_to_num(engineer.p_values_, nan=1.0) < 0.05
             ).tolist()
             source = bench.data(recipe["dataset"]).data_source
             bench.append({**record, "data_source": source})
-            _say(record)
+            say(record)
 
 
 def run_classes(bench):
@@ -235,10 +207,10 @@ def run_classes(bench):
         defense = draw(12)
         engineer = NCReverseEngineer(VictimNetwork(network))
         unseen = draw(4)
-        record = _scanned(engineer, recipe, white_box((1, 28, 28)), defense, unseen)
+        record = scanned(engineer, recipe, white_box((1, 28, 28)), defense, unseen)
         record["config"].update(part="classes", n_classes=n_classes)
         bench.append({**record, "data_source": "synthetic: a random pattern a class"})
-        _say(record)
+        say(record)
 
 
 def run_shared(bench):
@@ -252,12 +224,12 @@ def run_shared(bench):
                 continue
             recipe, network, trigger, defense, unseen = _open_shared(bench, name)
             engineer = engineer_class(VictimNetwork(network))
-            record = _scanned(engineer, recipe, trigger, defense, unseen)
+            record = scanned(engineer, recipe, trigger, defense, unseen)
             record["config"].update(part="shared", victim=name)
             if hasattr(engineer, "engineers_"):
-                record["config"]["methods"] = _by_method(engineer)
+                record["config"]["methods"] = by_method(engineer)
             bench.append({**record, "data_source": "CIFAR-10, a JPEG copy"})
-            _say(record)
+            say(record)
 
 
 def run_budget(bench):
@@ -267,10 +239,10 @@ def run_budget(bench):
             continue
         recipe, network, trigger, defense, unseen = _open_shared(bench, _SHARED[0])
         engineer = NCReverseEngineer(VictimNetwork(network), max_steps=steps)
-        record = _scanned(engineer, recipe, trigger, defense, unseen)
+        record = scanned(engineer, recipe, trigger, defense, unseen)
         record["config"].update(part="budget", victim=_SHARED[0], max_steps=steps)
         bench.append({**record, "data_source": "CIFAR-10, a JPEG copy"})
-        _say(record)
+        say(record)
 
 
 def _open_shared(bench, name):
@@ -331,78 +303,9 @@ def run_inflight(bench):
                 "n_per_class": 50,
                 "trigger": kind,
                 "budget": "cpu",
-                "asr_estimated": _asr(guard.victim_, estimate, recipe, *unseen),
+                "asr_estimated": success_rate(guard.victim_, estimate, recipe, *unseen),
                 "image_passes_per_image": 1,
             }
             if not bench.is_done(*keys[kind]):
                 for figures in measured:
                     bench.append({**record, **figures}, "inflight")
-
-
-def _scanned(engineer, recipe, trigger, defense, unseen):
-    """Fit a reverse engineer, and return a line of ``scan.jsonl``."""
-    start = time.perf_counter()
-    engineer.fit(*defense)
-    seconds = time.perf_counter() - start
-    target, found = recipe["target_class"], engineer.target_class_
-    asr = asr_estimated = None
-    if trigger is not None:
-        asr = _asr(engineer.victim_, trigger, recipe, *unseen)
-        if found == target:
-            asr_estimated = _asr(engineer.victim_, engineer.trigger_, recipe, *unseen)
-    settings = {
-        name: str(value)
-        for name, value in engineer.get_params(deep=False).items()
-        if name != "victim"
-    }
-    return {
-        "seed": recipe["seed"],
-        "config": {
-            "recipe": recipe,
-            "engineer": settings,
-            "verdict": engineer.verdict_,
-            "p_values": engineer.p_values_.tolist(),
-            "norms": engineer.norms_.tolist(),
-            "converged": engineer.converged_.tolist(),
-            "n_per_class": int(np.bincount(defense[1]).min()),
-            "trigger_norm": _norm(engineer.trigger_),
-        },
-        "seconds": seconds,
-        **{name: recipe[name] for name in ("dataset", "network", "attack", "sources")},
-        "target_class": target,
-        "asr": asr,
-        "method": type(engineer).__name__,
-        "schedule": getattr(engineer, "schedule", "fast"),
-        "flagged": engineer.target_classes_.tolist(),
-        "found": None if found is None else int(found),
-        "asr_estimated": asr_estimated,
-        "image_passes": engineer.n_image_passes_._asdict(),
-    }
-
-
-def _norm(trigger):
-    if trigger is None:
-        return None
-    return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
-
-
-def _asr(victim, trigger, recipe, X, y):
-    """Return the success rate on unseen images of the source classes."""
-    sources = y != recipe["target_class"]
-    if recipe["sources"] != "all":
-        sources = np.isin(y, recipe["sources"])
-    rows = np.random.RandomState(0).permutation(np.flatnonzero(sources))[:_N_UNSEEN]
-    labels = victim.predict(trigger.embed(X[rows]))
-    return float(np.mean(labels == recipe["target_class"]))
-
-
-def _say(record):
-    sources = record["sources"]
-    print(
-        f"{record['dataset']}, {record['network']}, {record['attack']}, sources "
-        f"{sources}, target {record['target_class']}: {record['method']} "
-        f"{record['schedule']}: {record['config']['verdict']} {record['flagged']}, "
-        f"ASR {record['asr']} (estimated {record['asr_estimated']}), "
-        f"{record['image_passes']}, {record['seconds']:.0f} s",
-        flush=True,
-    )

@@ -1,0 +1,107 @@
+"""The lines of the scans: what a fitted reverse engineer saw, and what it cost."""
+
+import time
+
+import numpy as np
+
+_N_UNSEEN = 2000  # images on which an estimated trigger is tried
+
+
+def scanned(engineer, recipe, trigger, defense, unseen):
+    """Fit a reverse engineer, and return a line of ``scan.jsonl``."""
+    start = time.perf_counter()
+    engineer.fit(*defense)
+    seconds = time.perf_counter() - start
+    target, found = recipe["target_class"], engineer.target_class_
+    asr = asr_estimated = None
+    if trigger is not None:
+        asr = success_rate(engineer.victim_, trigger, recipe, *unseen)
+        if found == target:
+            asr_estimated = success_rate(
+                engineer.victim_, engineer.trigger_, recipe, *unseen
+            )
+    settings = {
+        name: str(value)
+        for name, value in engineer.get_params(deep=False).items()
+        if name != "victim"
+    }
+    return {
+        "seed": recipe["seed"],
+        "config": {
+            "recipe": recipe,
+            "engineer": settings,
+            "verdict": engineer.verdict_,
+            "p_values": engineer.p_values_.tolist(),
+            "norms": engineer.norms_.tolist(),
+            "converged": engineer.converged_.tolist(),
+            "n_per_class": int(np.bincount(defense[1]).min()),
+            "trigger_norm": _norm(engineer.trigger_),
+        },
+        "seconds": seconds,
+        **{name: recipe[name] for name in ("dataset", "network", "attack", "sources")},
+        "target_class": target,
+        "asr": asr,
+        "method": type(engineer).__name__,
+        "schedule": getattr(engineer, "schedule", "fast"),
+        "flagged": engineer.target_classes_.tolist(),
+        "found": None if found is None else int(found),
+        "asr_estimated": asr_estimated,
+        "image_passes": engineer.n_image_passes_._asdict(),
+    }
+
+
+def by_method(engineer):
+    """Return what each search of an automatic one saw."""
+    return {
+        name: {
+            "method": type(one).__name__,
+            "flagged_alone": one.classes_[one._flag()].tolist(),
+            "norms": one.norms_.tolist(),
+            "converged": one.converged_.tolist(),
+            "p_values": one.p_values_.tolist(),
+            "anomaly_indices": one.anomaly_indices_.tolist(),
+            "image_passes": one.n_image_passes_._asdict(),
+            **_pairs(one),
+        }
+        for name, one in engineer.engineers_.items()
+    }
+
+
+def success_rate(victim, trigger, recipe, X, y):
+    """Return the success rate on unseen images of the source classes."""
+    sources = y != recipe["target_class"]
+    if recipe["sources"] != "all":
+        sources = np.isin(y, recipe["sources"])
+    rows = np.random.RandomState(0).permutation(np.flatnonzero(sources))[:_N_UNSEEN]
+    labels = victim.predict(trigger.embed(X[rows]))
+    return float(np.mean(labels == recipe["target_class"]))
+
+
+def say(record):
+    """Print a line in short."""
+    sources = record["sources"]
+    print(
+        f"{record['dataset']}, {record['network']}, {record['attack']}, sources "
+        f"{sources}, target {record['target_class']}: {record['method']} "
+        f"{record['schedule']}: {record['config']['verdict']} {record['flagged']}, "
+        f"ASR {record['asr']} (estimated {record['asr_estimated']}), "
+        f"{record['image_passes']}, {record['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+def _norm(trigger):
+    if trigger is None:
+        return None
+    return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
+
+
+def _pairs(engineer):
+    """Return what a search saw of pairs of classes, if it was for these."""
+    norms = getattr(engineer, "pair_norms_", None)
+    if norms is None:
+        return {}
+    return {
+        "pair_norms": np.nan_to_num(norms, nan=-1).round(3).tolist(),
+        "pair_converged": engineer.pair_converged_.tolist(),
+    }
