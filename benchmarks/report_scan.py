@@ -246,9 +246,6 @@ def _cost(records):
         "| ASR of the estimated triggers on unseen images, difference where both found "
         f"the target | median {gap.median():.3f}, largest {gap.max():.3f}, "
         f"n = {len(gap)} |",
-        "",
-        "These lines are older than the rule by which a fast search goes on where no "
-        "norm stands out at once: there it takes up to twice as much now.",
     ]
     return "\n".join(lines)
 

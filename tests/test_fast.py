@@ -1,5 +1,6 @@
 """The fast schedule, its checkpoints, and the automatic search."""
 
+import copy
 import os
 import platform
 import signal
@@ -19,6 +20,7 @@ from torch import nn
 
 from sklearn_backdoor import (
     AdditiveReverseEngineer,
+    AdditiveTrigger,
     AutoReverseEngineer,
     BackdoorGuard,
     NCReverseEngineer,
@@ -596,6 +598,48 @@ def test_each_class_is_shown_by_its_most_anomalous_search(auto):
         engineer = auto.engineers_[method]
         assert auto.triggers_[label] == engineer.triggers_[label]
         assert auto.norms_[label] == engineer.norms_[label]
+
+
+ALONE, EVEN = np.eye(6)[4], np.array([0.2, 0.2, 0, 0.2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("norms", "weights", "expected"),
+    [  # of the patches for all, for sources learnt and in pairs, and the addition's
+        ((10, 3, None, None), None, "patch, learnt sources"),
+        ((10, 5, None, None), None, "patch"),  # one source needs hardly less
+        ((10, 3, 5, None), EVEN, "patch, pairs"),  # as pairs tell, all need little
+        ((10, 3, 10, None), EVEN, "patch, learnt sources"),
+        ((10, 3, 5, None), ALONE, "patch, learnt sources"),
+        ((None, 3, 5, None), ALONE, "patch, pairs"),
+        ((None, 3, None, 1), None, "patch, learnt sources"),  # L1 and L2 do not compare
+    ],
+)
+def test_one_source_must_need_far_less_than_any_trigger_for_all(
+    auto, norms, weights, expected
+):
+    auto = copy.deepcopy(auto)
+    for number, (name, norm) in enumerate(zip(auto.engineers_, norms, strict=False)):
+        engineer = auto.engineers_[name]
+        if number == 1:
+            engineer.single_sources_ = {2: 4}
+        if number == 2 and norm is not None:
+            engineer.source_weights_[2] = weights
+            engineer.single_sources_ = {2: 4} if weights is ALONE else {}
+        engineer.p_values_ = np.ones(6)
+        engineer.converged_ = np.ones(6, dtype=bool)
+        if norm is not None:
+            engineer.p_values_[2] = 0.003 - number / 1000  # pairs stand out most
+            engineer.triggers_[2] = (
+                AdditiveTrigger(np.full((1, 6, 6), norm / 6))
+                if number == 3
+                else PatchTrigger(np.full((6, 6), norm / 36), np.ones((1, 6, 6)))
+            )
+    auto.engineers_["additive, learnt sources"].p_values_ = np.ones(6)
+    auto._combine()
+    assert auto.methods_[2] == expected
+    is_alone = expected == "patch, learnt sources" or weights is ALONE
+    assert auto.single_sources_ == ({2: 4} if is_alone else {})
 
 
 def test_one_search_alone_needs_no_correction(case):

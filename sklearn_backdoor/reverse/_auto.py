@@ -10,6 +10,7 @@ from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._anomaly import rank_by_p
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
+from sklearn_backdoor.reverse._fast import ALONE, MUCH_SMALLER
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
@@ -69,9 +70,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
     -----
     - Of a flagged class the trigger is kept that has the smallest p-value, among those
       for all source classes if one of these was flagged: a trigger for a few sources
-      would leave the others undefended. Where one source class alone needs a far
-      smaller trigger, see ``single_sources_``, that trigger goes before; one found in
-      pairs only where no search for all source classes flagged the target.
+      would leave the others undefended. In pairs, triggers are for all where the target
+      stood out as such. Where one source class alone needs a far smaller trigger, see
+      ``single_sources_``, that trigger goes before, if it is smaller by as much than
+      every flagged one of its kind for all; one found in pairs only where no trigger
+      for all source classes was flagged.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -201,12 +204,17 @@ class AutoReverseEngineer(BaseReverseEngineer):
         p = np.minimum(1, p * len(engineers))
         filled = np.nan_to_num(p, nan=1.0)
         flagged = filled < self.alpha
-        for_all = np.array(
-            [getattr(one, "sources", "all") == "all" for one in engineers]
-        )[:, None]
+        for_all = np.array([_is_for_all(engineer) for engineer in engineers])
         for_one = np.array([self._is_for_one(engineer) for engineer in engineers])
         of_pairs = [getattr(one, "sources", "all") == "pairs" for one in engineers]
         for_one[of_pairs] &= ~(flagged & for_all).any(axis=0)
+        for number, target in np.argwhere(for_one):
+            rivals = [
+                engineers[k].triggers_[target]
+                for k in np.flatnonzero((flagged & for_all)[:, target])
+            ]
+            narrow = engineers[number].triggers_[target]
+            for_one[number, target] = all(_is_far_smaller(narrow, r) for r in rivals)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
         converged = np.array([engineer.converged_ for engineer in engineers])
         raw = np.nan_to_num([engineer.p_values_ for engineer in engineers], nan=1.0)
@@ -265,6 +273,28 @@ class AutoReverseEngineer(BaseReverseEngineer):
 
     def _flag(self):
         raise NotImplementedError("the searches are those of the engineers")
+
+
+def _is_for_all(engineer):
+    """Tell for each class whether its trigger is meant for all source classes.
+
+    Of pairs it is where the target stood out as such, and was refined for all.
+    """
+    sources = getattr(engineer, "sources", "all")
+    if sources != "pairs":
+        return np.full(len(engineer.classes_), sources == "all")
+    return engineer.source_weights_.max(axis=1) < ALONE
+
+
+def _is_far_smaller(narrow, wide):
+    """Tell whether one source alone needs far less of the same kind of trigger."""
+    if type(narrow) is not type(wide):
+        return True  # norms of different kinds: no evidence against
+    return _norm(narrow) < MUCH_SMALLER * _norm(wide)
+
+
+def _norm(trigger):
+    return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
 
 
 def _key(engineer):

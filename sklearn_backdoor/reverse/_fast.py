@@ -24,8 +24,8 @@ _OVERWHELMING = 0.001  # p-value at which a search need not go further
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
-_MUCH_SMALLER = 0.4  # of the norm that all sources need
-_ALONE = 0.9  # of the learnt weights: the search was for one source already
+MUCH_SMALLER = 0.4  # of the norm that all sources need
+ALONE = 0.9  # of the learnt weights: the search was for one source already
 
 
 class FastReverseEngineer(BaseReverseEngineer):
@@ -274,8 +274,8 @@ class FastReverseEngineer(BaseReverseEngineer):
         )
         labels = self.classes_.tolist()
         for (target, origin), result in zip(starts, narrowed, strict=True):
-            was_alone = self.source_weights_[target, origin] > _ALONE
-            is_smaller = result.norm < _MUCH_SMALLER * wide[target].norm
+            was_alone = self.source_weights_[target, origin] > ALONE
+            is_smaller = result.norm < MUCH_SMALLER * wide[target].norm
             if result.converged and (was_alone or is_smaller):
                 self.triggers_[target] = result.trigger
                 self.success_rates_[target] = result.success_rate
