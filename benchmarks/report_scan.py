@@ -274,7 +274,7 @@ def _shared(records):
         return ""
     lines = [
         "| victim made by other code | search | verdict | ASR true, estimated | "
-        "forward | backward | seconds |",
+        "forward | backward | seconds, threads |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in records:
@@ -287,7 +287,7 @@ def _shared(records):
         lines.append(
             f"| {r['config']['victim']} | {r['method']} | {r['config']['verdict']} "
             f"{r['flagged'] or ''} | {asr} | {passes['forward']:,} | "
-            f"{passes['backward']:,} | {r['seconds']:.0f} |"
+            f"{passes['backward']:,} | {r['seconds']:.0f}, {r['machine']['threads']} |"
         )
     return "\n".join(lines)
 
