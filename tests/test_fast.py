@@ -132,6 +132,22 @@ def test_pairs_tell_an_attack_from_one_class_from_one_from_all():
     assert all(np.mean(labels[y[y != 2] == s] == 2) >= 0.75 for s in (0, 1, 3, 4, 5))
 
 
+def test_a_pair_that_could_not_be_refined_for_all_is_not_said_to_be(monkeypatch):
+    X, y = linear_images()
+    engineer = NCReverseEngineer(VictimNetwork(LinearNetwork()), sources="pairs")
+    choose = PatchSearch._choose
+
+    def fail(search):
+        shape, rates, n_forward = choose(search)
+        return shape, 0 * rates, n_forward
+
+    monkeypatch.setattr(PatchSearch, "_choose", fail)
+    engineer.fit(X, y)
+    assert engineer.target_classes_.tolist() == [2]
+    assert engineer.single_sources_ == {}
+    assert sorted(engineer.source_weights_[2]) == [0, 0, 0, 0, 0, 1]
+
+
 def test_pairs_are_left_out_where_there_are_too_many(monkeypatch):
     X, y = linear_images()
     victim = VictimNetwork(LinearNetwork())

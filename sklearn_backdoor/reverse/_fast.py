@@ -231,6 +231,9 @@ class FastReverseEngineer(BaseReverseEngineer):
                 continue  # what the search found is better
             self.triggers_[number] = result.trigger
             self.success_rates_[number] = result.success_rate
+            if self.sources == "pairs" and source is None:
+                sources = np.arange(len(labels)) != number
+                self.source_weights_[number] = sources / sources.sum()
         if self.sources == "learnt":
             wide = {
                 number: result if result.converged else results[number]
@@ -247,11 +250,8 @@ class FastReverseEngineer(BaseReverseEngineer):
         if self.sources != "pairs":
             return None
         pairs, targets = self._judge_pairs()
-        if targets[target] < pairs[:, target].min():
-            others = np.arange(len(targets)) != target
-            self.source_weights_[target] = others / others.sum()
-            return None
-        return int(self.source_weights_[target].argmax())
+        is_for_all = targets[target] < pairs[:, target].min()
+        return None if is_for_all else int(self.source_weights_[target].argmax())
 
     def _narrow(self, run, results, wide, price):
         """Take a trigger for one source class where it is far smaller than for all.
