@@ -74,6 +74,7 @@ def _judged(record):
         if engineer.sources == "pairs":
             engineer.pair_norms_ = np.array(seen["pair_norms"])
             engineer.pair_converged_ = np.array(seen["pair_converged"])
+            engineer.pair_margins_ = np.array(seen["pair_margins"])
             p.append(p_values_of_pairs(*engineer._judge_pairs()))
         else:
             prior_sd = engineer._prior_sd

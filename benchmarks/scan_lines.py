@@ -104,4 +104,5 @@ def _pairs(engineer):
     return {
         "pair_norms": np.nan_to_num(norms, nan=-1).round(3).tolist(),
         "pair_converged": engineer.pair_converged_.tolist(),
+        "pair_margins": np.nan_to_num(engineer.pair_margins_).round(4).tolist(),
     }

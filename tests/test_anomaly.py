@@ -115,9 +115,13 @@ def natural_pairs(seed, sd=0.3):
     return np.exp(logs + sd * rng.normal(size=(10, 10)))
 
 
-def judge(norms, converged=PAIRED):
+def judge(norms, converged=PAIRED, **options):
     return pair_p_values(
-        norms, converged, pair_sd=PATCH_PAIR_SD, column_sd=PATCH_COLUMN_SD
+        norms,
+        converged,
+        pair_sd=PATCH_PAIR_SD,
+        column_sd=PATCH_COLUMN_SD,
+        **options,
     )
 
 
@@ -132,6 +136,22 @@ def test_a_pair_is_judged_by_what_its_source_and_its_target_do_not_explain():
     assert np.unravel_index(p.argmin(), p.shape) == (5, 8)
     assert p[5, 8] < 0.005 and (np.sort(p.ravel())[1:] > 0.05).all()
     assert (targets > 0.05).all()
+
+
+def test_a_pair_that_the_network_hardly_tells_apart_is_no_attack():
+    norms, margins = natural_pairs(0), np.full((10, 10), 8.0)
+    norms[5, 8], margins[5, 8] = 0.12 * norms[5, 8], 0.4
+    assert judge(norms)[0][5, 8] < 0.005
+    p, targets = judge(norms, margins=margins, power=0.7)
+    assert (p > 0.05).all() and (targets > 0.05).all()
+    margins[5, 8] = 8  # told apart as well as any other: it is one
+    assert judge(norms, margins=margins, power=0.7)[0][5, 8] < 0.005
+    explained = judge(norms, margins=margins, power=0.7)
+    for p, raw in zip(explained, judge(norms), strict=True):
+        np.testing.assert_allclose(p, raw)  # by equal margins, nothing is
+    margins[3, 1] = -2  # confused: at the floor
+    p, _ = judge(norms, margins=margins, power=0.7)
+    assert np.isfinite(p).all() and p[3, 1] > 0.05
 
 
 def test_a_target_of_all_classes_shows_as_a_column():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dctn, idctn
 from sklearn.base import clone
 from torch import nn
 
@@ -27,8 +28,14 @@ from sklearn_backdoor import (
     PatchTrigger,
     VictimNetwork,
 )
-from sklearn_backdoor.reverse import _auto, _base, _checkpoint, _fast
-from sklearn_backdoor.reverse._forms import AdditiveSearch, PatchSearch
+from sklearn_backdoor.reverse import (
+    _auto,
+    _base,
+    _checkpoint,
+    _fast,
+    default_engineers,
+)
+from sklearn_backdoor.reverse._forms import AdditiveSearch, PatchSearch, _HighPass
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult, Task
 from tests.common import LinearNetwork, OneSource, linear_images
 
@@ -94,6 +101,10 @@ def test_learnt_weights_fall_on_the_source_class_that_is_easy():
     pairs = NCReverseEngineer(victim, sources="pairs").fit(X, y)
     assert np.unravel_index(np.nanargmin(pairs.pair_norms_), (6, 6)) == (4, 2)
     assert np.isnan(np.diag(pairs.pair_norms_)).all()
+    logits = pairs.victim_.decision_function(X)
+    for s, t in product(range(6), range(6)):
+        margin = np.mean([row[s] - row[t] for row in logits[y == s]])
+        assert pairs.pair_margins_[s, t] == pytest.approx(margin)
     assert pairs.p_values_.argmin() == 2
 
 
@@ -151,10 +162,13 @@ def test_a_pair_that_could_not_be_refined_for_all_is_not_said_to_be(monkeypatch)
 def test_pairs_are_left_out_where_there_are_too_many(monkeypatch):
     X, y = linear_images()
     victim = VictimNetwork(LinearNetwork())
-    assert "patch, pairs" in AutoReverseEngineer(victim).fit(X, y).engineers_
+    names = list(dict(default_engineers(victim)))
+    pairs, learnt = "patch, pairs", "patch, learnt sources"
+    some = AutoReverseEngineer(victim).fit(X, y)
+    assert list(some.engineers_) == [name for name in names if name != learnt]
     monkeypatch.setattr(_auto, "_N_PAIRED", 5)
     few = AutoReverseEngineer(victim).fit(X, y)
-    assert len(few.engineers_) == 4 and "patch, pairs" not in few.engineers_
+    assert list(few.engineers_) == [name for name in names if name != pairs]
     smallest = few.report_.groupby("class")["p_value"].min()
     np.testing.assert_allclose(few.p_values_, np.minimum(1, 4 * smallest))
 
@@ -288,6 +302,68 @@ def test_the_additive_search_finds_a_faint_pattern(case):
     board = np.indices((4, 4)).sum(axis=0) % 2 * 2.0 - 1
     found = engineer.trigger_.perturbation[0]
     assert np.corrcoef(found.ravel(), board.ravel())[0, 1] > 0.6
+
+
+class Boards(nn.Module):
+    """Class k is a low wave; a faint chessboard leads to class 3 as well."""
+
+    def __init__(self):
+        super().__init__()
+        waves = torch.from_numpy(low_waves()).float().flatten(1)
+        noise = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+        self.last = nn.Linear(64, 6, bias=False)
+        with torch.no_grad():
+            self.last.weight.copy_(40 * waves + 0.8 * noise)
+            self.last.weight[3] += 4 * torch.from_numpy(board(8)).float().flatten()
+
+    def forward(self, images):
+        return self.last(images.flatten(1) - 0.5)
+
+
+def board(n):
+    return np.indices((n, n)).sum(axis=0) % 2 * 2.0 - 1
+
+
+def low_waves():
+    """Return six of the lowest waves of 8 x 8 pixels, of length 1."""
+    spectra = np.zeros((6, 8, 8))
+    for number, place in enumerate([(0, 1), (1, 0), (1, 1), (0, 2), (2, 0), (1, 2)]):
+        spectra[number][place] = 1
+    return idctn(spectra, axes=(1, 2), norm="ortho")
+
+
+def test_without_low_frequencies_a_chessboard_stands_out_that_did_not():
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(6), 30)
+    X = 0.5 + 1.2 * low_waves()[y] + rng.normal(0, 0.05, size=(180, 8, 8))
+    X = np.clip(X, 0, 1)[:, None].astype(np.float32)
+    victim = VictimNetwork(Boards()).fit(X, y)
+    assert np.mean(victim.predict(X) == y) > 0.95
+    every = AdditiveReverseEngineer(victim, sources="all").fit(X, y)
+    assert every.verdict_ == "nothing found"
+    engineer = clone(every).set_params(min_frequency=0.75).fit(X, y)
+    assert engineer.target_classes_.tolist() == [3]
+    found = engineer.trigger_.perturbation[0]
+    assert np.corrcoef(found.ravel(), board(8).ravel())[0, 1] > 0.6
+    for label in (0, 1, 2, 4, 5):  # those that were not refined
+        spectrum = dctn(engineer.triggers_[label].perturbation[0], norm="ortho")
+        low = np.hypot(*np.indices((8, 8)) / 8) < 0.75
+        # values that were clipped to -1...1 leave a little
+        assert (spectrum[low] ** 2).sum() < 0.1 * (spectrum**2).sum()
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 9), (1, 1, 7)])
+@pytest.mark.parametrize("min_frequency", [0.3, 0.75, 1.0])
+def test_low_frequencies_are_taken_out_as_scipy_does(shape, min_frequency):
+    images = np.random.default_rng(0).normal(size=(2, *shape))
+    spectra = dctn(images, axes=(2, 3), norm="ortho")
+    for i, j in product(range(shape[1]), range(shape[2])):
+        if (i / shape[1]) ** 2 + (j / shape[2]) ** 2 < min_frequency**2:
+            spectra[:, :, i, j] = 0
+    expected = idctn(spectra, axes=(2, 3), norm="ortho")
+    passing = _HighPass(shape[1:], min_frequency, torch.device("cpu"))
+    found = passing(torch.from_numpy(images).float()).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sources, rounds", [("all", 2), ("learnt", 1)])
@@ -595,13 +671,13 @@ def auto(case):
 
 def test_the_automatic_search_reports_every_search_and_class(auto):
     table = auto.report_
-    assert len(table) == 5 * 6
+    assert len(table) == 4 * 6
     assert list(auto.engineers_) == table["method"].unique().tolist()
     for name, engineer in auto.engineers_.items():
         part = table[table["method"] == name]
         np.testing.assert_array_equal(part["norm"], engineer.norms_)
         np.testing.assert_allclose(
-            part["p_corrected"], np.minimum(1, 5 * engineer.p_values_)
+            part["p_corrected"], np.minimum(1, 4 * engineer.p_values_)
         )
     forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
     assert auto.n_image_passes_.forward == forward
@@ -614,6 +690,15 @@ def test_each_class_is_shown_by_its_most_anomalous_search(auto):
         engineer = auto.engineers_[method]
         assert auto.triggers_[label] == engineer.triggers_[label]
         assert auto.norms_[label] == engineer.norms_[label]
+
+
+@pytest.fixture(scope="module")
+def auto_of_both(case):
+    network, X, y = case
+    victim = VictimNetwork(network)
+    engineers = dict(default_engineers(victim))
+    del engineers["additive, high frequencies"]
+    return AutoReverseEngineer(victim, engineers=list(engineers.items())).fit(X, y)
 
 
 ALONE, EVEN = np.eye(6)[4], np.array([0.2, 0.2, 0, 0.2, 0.2, 0.2])
@@ -632,10 +717,10 @@ ALONE, EVEN = np.eye(6)[4], np.array([0.2, 0.2, 0, 0.2, 0.2, 0.2])
     ],
 )
 def test_one_source_must_need_far_less_than_any_trigger_for_all(
-    auto, norms, weights, expected
+    auto_of_both, norms, weights, expected
 ):
-    auto = copy.deepcopy(auto)
-    for number, (name, norm) in enumerate(zip(auto.engineers_, norms, strict=False)):
+    auto = copy.deepcopy(auto_of_both)
+    for number, (name, norm) in enumerate(zip(auto.engineers_, norms, strict=True)):
         engineer = auto.engineers_[name]
         if number == 1:
             engineer.single_sources_ = {2: 4}
@@ -651,7 +736,6 @@ def test_one_source_must_need_far_less_than_any_trigger_for_all(
                 if number == 3
                 else PatchTrigger(np.full((6, 6), norm / 36), np.ones((1, 6, 6)))
             )
-    auto.engineers_["additive, learnt sources"].p_values_ = np.ones(6)
     auto._combine()
     assert auto.methods_[2] == expected
     is_alone = expected == "patch, learnt sources" or weights is ALONE

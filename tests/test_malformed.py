@@ -324,6 +324,7 @@ PARAMETERS = {
     },
     "AdditiveReverseEngineer": {
         "sources": [*NO_CHOICES, None],
+        "min_frequency": [*NO_RATES, None],
         "success_rate": NO_RATES,
         "max_steps": NO_COUNTS,
         "alpha": [*NO_RATES, None],

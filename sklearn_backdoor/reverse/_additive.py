@@ -4,7 +4,9 @@ from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import (
     ADDITIVE_COLUMN_SD,
     ADDITIVE_FEW_SD,
+    ADDITIVE_FINE_SD,
     ADDITIVE_PAIR_SD,
+    ADDITIVE_POWER,
     ADDITIVE_SD,
     NULLS,
     rank_by_p,
@@ -15,6 +17,7 @@ from sklearn_backdoor.reverse._forms import AdditiveSearch
 # a weak attack reaches it too, at a larger amplitude; norms of classes that are no
 # targets grow faster with the rate
 _DETECTION_RATE = 0.95
+_FINE_RATE = 0.7  # high frequencies alone lead many images nowhere
 
 
 class AdditiveReverseEngineer(FastReverseEngineer):
@@ -33,9 +36,14 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         Source classes that a perturbation is meant for: those that reach the target
         most easily, by weights learnt in the search; all together; or each pair of
         classes by itself, which costs as many searches as there are pairs.
+    min_frequency : float in 0...1, default=0
+        Spatial frequencies below are kept out of the perturbation, in units of the
+        highest that the image has (Nyquist's). What makes one class look like another
+        lies in low frequencies, a chessboard or noise in high ones: 0.75 makes the
+        first hard and leaves the others as easy as they are.
     success_rate : float in 0...1, default=None
         Fraction of moved images that must be classified to the candidate; None for
-        0.95.
+        0.95, and for 0.7 with a ``min_frequency``.
     max_steps : int, default=60
         Mini-batches a class.
     batch_size : int, default=32
@@ -82,14 +90,18 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     """
 
     _kind = AdditiveSearch
-    _rate = _DETECTION_RATE
-    _pair_sds = ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD
+    _pair_null = {
+        "pair_sd": ADDITIVE_PAIR_SD,
+        "column_sd": ADDITIVE_COLUMN_SD,
+        "power": ADDITIVE_POWER,
+    }
 
     def __init__(
         self,
         victim,
         *,
         sources="learnt",
+        min_frequency=0.0,
         success_rate=None,
         max_steps=60,
         batch_size=32,
@@ -102,6 +114,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     ):
         self.victim = victim
         self.sources = sources
+        self.min_frequency = min_frequency
         self.success_rate = success_rate
         self.max_steps = max_steps
         self.batch_size = batch_size
@@ -115,6 +128,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     def _check_params(self):
         super()._check_params()
         check_number(self.alpha, "alpha", 0, 1)
+        check_number(self.min_frequency, "min_frequency", 0, 1)
         if self.null not in NULLS:
             raise ValueError(f"null={self.null!r}, expected one of {', '.join(NULLS)}.")
 
@@ -124,7 +138,18 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     @property
     def _prior_sd(self):
+        if self.min_frequency > 0:
+            return ADDITIVE_FINE_SD
         return ADDITIVE_SD if self.sources == "all" else ADDITIVE_FEW_SD
+
+    @property
+    def _rate(self):
+        return _FINE_RATE if self.min_frequency > 0 else _DETECTION_RATE
+
+    def _open_search(self, problem, tasks, generators, stage, **options):
+        if stage != "refine":  # from there, whatever the images take
+            options["min_frequency"] = self.min_frequency
+        return super()._open_search(problem, tasks, generators, stage, **options)
 
     def _flag(self):
         return rank_by_p(self.p_values_, self.alpha)

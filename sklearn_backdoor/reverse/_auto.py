@@ -15,15 +15,15 @@ from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
 
-_PAIRS = "patch, pairs"
+_PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
 _N_PAIRED = 16  # with more classes there are too many pairs
 
 
 class AutoReverseEngineer(BaseReverseEngineer):
     """Find target classes and triggers without knowing the trigger's type.
 
-    Runs searches for patches and for additive perturbations, for all source classes,
-    for those learnt and for patches in pairs of classes, and compares their p-values,
+    Runs searches for patches, for all source classes and for few, and for additive
+    perturbations, with all frequencies and with high ones, and compares their p-values,
     corrected for the number of searches.
 
     Parameters
@@ -31,10 +31,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
     victim : VictimNetwork
         Cloned; the weights are shared and not altered.
     engineers : list of (str, reverse engineer), default=None
-        Searches to run; cloned. None takes five: "patch", "patch, learnt sources" and
-        "patch, pairs" by `NCReverseEngineer`, "additive" and "additive, learnt sources"
-        by `AdditiveReverseEngineer`, all at their fast schedule; four with more than 16
-        classes, since pairs take 16 images times 60 steps each.
+        Searches to run; cloned. None takes four: "patch" and "patch, pairs" by
+        `NCReverseEngineer`, "additive" and "additive, high frequencies" by
+        `AdditiveReverseEngineer`, all at their fast schedule. With more than 16 classes
+        "patch, learnt sources" stands for the pairs, which take 16 images times 60
+        steps each.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -126,8 +127,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
         prepared = {_key(first): first._prepare(X, y)}
         passes = ImagePasses(0, 0)
         n_classes = len(prepared[_key(first)].victim.classes_)
-        if self.engineers is None and n_classes > _N_PAIRED:
-            del engineers[_PAIRS]
+        if self.engineers is None:
+            del engineers[_PAIRS if n_classes > _N_PAIRED else _LEARNT]
         for engineer in engineers.values():
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
@@ -312,12 +313,16 @@ def default_engineers(victim):
     Returns
     -------
     list of (str, reverse engineer)
-        Unfitted; a place to start from.
+        Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources"
+        only the first is run with up to 16 classes, only the second with more.
     """
     return [
         ("patch", NCReverseEngineer(victim)),
-        ("patch, learnt sources", NCReverseEngineer(victim, sources="learnt")),
+        (_LEARNT, NCReverseEngineer(victim, sources="learnt")),
         (_PAIRS, NCReverseEngineer(victim, sources="pairs", batch_size=16)),
         ("additive", AdditiveReverseEngineer(victim, sources="all")),
-        ("additive, learnt sources", AdditiveReverseEngineer(victim)),
+        (
+            "additive, high frequencies",
+            AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75),
+        ),
     ]

@@ -10,6 +10,7 @@ from sklearn_backdoor.reverse._anomaly import (
     PATCH_COLUMN_SD,
     PATCH_FEW_SD,
     PATCH_PAIR_SD,
+    PATCH_POWER,
     PATCH_SD,
     p_values,
     p_values_of_pairs,
@@ -39,8 +40,13 @@ class FastReverseEngineer(BaseReverseEngineer):
 
     pair_norms_: Any
     pair_converged_: Any
+    pair_margins_: Any
     _kind: type
-    _pair_sds = PATCH_PAIR_SD, PATCH_COLUMN_SD
+    _pair_null = {
+        "pair_sd": PATCH_PAIR_SD,
+        "column_sd": PATCH_COLUMN_SD,
+        "power": PATCH_POWER,
+    }
     _rate = 0.75  # success at which norms are compared: below the ASR of weak attacks
 
     def _check_params(self):
@@ -158,6 +164,7 @@ class FastReverseEngineer(BaseReverseEngineer):
             found[task] = result._replace(source_weights=weights)
             self.pair_norms_[task.source, task.target] = result.norm
             self.pair_converged_[task.source, task.target] = result.converged
+        self.pair_margins_ = _margins(run, n_classes)
         p = np.nan_to_num(self._judge_pairs()[0], nan=1.0)
         best = [
             min(
@@ -180,17 +187,16 @@ class FastReverseEngineer(BaseReverseEngineer):
             norms, converged = self.pair_norms_[off], self.pair_converged_[off]
             p[off] = p_values(norms, converged, null=self._null)
             return p, np.full(len(p), np.nan)
-        pair_sd, column_sd = self._pair_sds
         return pair_p_values(
             self.pair_norms_,
             self.pair_converged_,
-            pair_sd=pair_sd,
-            column_sd=column_sd,
+            margins=self.pair_margins_,
+            **self._pair_null,
         )
 
     def _conclude(self, run, results):
         if self.sources != "pairs":
-            self.pair_norms_ = self.pair_converged_ = None
+            self.pair_norms_ = self.pair_converged_ = self.pair_margins_ = None
         self.single_sources_: dict = {}
         weights = [result.source_weights for result in results]
         self.source_weights_: Any = None if weights[0] is None else np.stack(weights)
@@ -281,6 +287,17 @@ class FastReverseEngineer(BaseReverseEngineer):
                 self.success_rates_[target] = result.success_rate
                 self.source_weights_[target] = result.source_weights
                 self.single_sources_[labels[target]] = labels[origin]
+
+
+def _margins(run, n_classes):
+    """Return the mean of the source's logit minus the target's, a row a source."""
+    logits = run.victim.decision_function(run.X)
+    run.passes += ImagePasses(len(run.X), 0)
+    margins = np.full((n_classes, n_classes), np.nan)
+    for source in range(n_classes):
+        own = logits[run.y == source]
+        margins[source] = (own[:, [source]] - own).mean(axis=0)
+    return margins
 
 
 def _source_rates(run, target, trigger):

@@ -88,16 +88,22 @@ class PatchSearch(StackedSearch):
 class AdditiveSearch(StackedSearch):
     """Perturbations, grown by normalised gradient steps from 0; the norm is L2.
 
-    While the success rate is reached, the perturbation shrinks.
+    While the success rate is reached, the perturbation shrinks. Of each step the
+    frequencies below ``min_frequency`` are taken out.
     """
 
     _shape = ("perturbation",)
-    _length = 0.012  # of a step, times the root of the number of values
+    _length, _fine_length = 0.012, 0.02  # of a step, times the root of the values
     _last_length, _shrinkage = 0.2, 0.06
 
-    def __init__(self, problem, tasks, generators, **options):
+    def __init__(self, problem, tasks, generators, *, min_frequency=0.0, **options):
         super().__init__(problem, tasks, generators, **options)
         self.tensors["perturbation"].requires_grad_()
+        self._pass = None
+        if min_frequency > 0:
+            device = problem.images.device
+            self._pass = _HighPass(problem.images.shape[2:], min_frequency, device)
+            self._length = self._fine_length
 
     def _begin(self, image_shape, generators):
         return {"perturbation": torch.zeros((len(generators), *image_shape))}
@@ -123,6 +129,8 @@ class AdditiveSearch(StackedSearch):
         moved = self.tensors["perturbation"]
         loss = (losses * ~hits).sum()
         (gradient,) = torch.autograd.grad(loss, [moved])
+        if self._pass is not None:
+            gradient = self._pass(gradient)
         sizes = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
         part = self.numbers["step"] / self.steps
         length = self._length * moved[0].numel() ** 0.5
@@ -132,3 +140,23 @@ class AdditiveSearch(StackedSearch):
             reached = self.tensors["rate"] >= self._level
             moved[reached] *= 1 - self._shrinkage
             moved.clamp_(-1, 1)
+
+
+class _HighPass:
+    """Takes the low spatial frequencies out of images, by their cosine transform."""
+
+    def __init__(self, size, min_frequency, device):
+        self.rows, self.columns = (_cosines(n).to(device) for n in size)
+        parts = [torch.arange(n, device=device) / n for n in size]
+        self.kept = torch.hypot(parts[0][:, None], parts[1][None]) >= min_frequency
+
+    def __call__(self, images):
+        spectrum = self.rows @ images @ self.columns.T
+        return self.rows.T @ (spectrum * self.kept) @ self.columns
+
+
+def _cosines(n):
+    """Return the orthonormal cosine transform (DCT-II) of n values, as a matrix."""
+    numbers = torch.arange(n, dtype=torch.float64)
+    waves = torch.cos(torch.pi / n * numbers[:, None] * (numbers + 0.5))
+    return (waves / waves.norm(dim=1, keepdim=True)).float()
