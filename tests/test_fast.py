@@ -371,7 +371,9 @@ def test_a_search_goes_on_unless_a_norm_stands_out_at_once(
     case, monkeypatch, sources, rounds
 ):
     network, X, y = case
-    once = NCReverseEngineer(VictimNetwork(network), max_steps=12, sources=sources)
+    once = NCReverseEngineer(  # nothing is flagged, so nothing refined
+        VictimNetwork(network), max_steps=12, sources=sources, threshold=1e6
+    )
     engineer = clone(once).set_params(max_steps=None)
     monkeypatch.setattr(_fast, "_STEPS", 12)
     monkeypatch.setattr(_fast, "_OVERWHELMING", 1.1)

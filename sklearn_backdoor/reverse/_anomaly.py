@@ -13,22 +13,18 @@ _MIN_MARGIN = 0.05  # of the median: classes that are confused have none
 _TIE = 1e-9
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # Usual standard deviation of log-norms within a clean victim, for all sources and for a
-# few, and how many classes' worth of evidence that is. PATCH_SD: the smallest in steps
-# of 0.05 by which that search flags none of 27 clean victims kept for that alone
-# (`python -m benchmarks scan --part calibration`). The others: such that each search by
-# itself flagged at most one of 24 such victims at a quarter of 0.05; of such values
-# these gave fewest false alarms and wrong targets in a population of other seeds than
-# the present one. Of the 27 the searches in pairs flag 8 at 0.05, the additive one 3,
-# those for learnt sources 2 and 0, the automatic search 3 batch-norm networks.
-PATCH_SD, PATCH_FEW_SD = 0.5, 0.6
-ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.19, 0.3, 0.25
+# few, and how many classes' worth of evidence that is. Those that the automatic search
+# uses are the smallest in steps of 0.05 by which a search, by itself, flags none of 27
+# clean victims kept for that alone at a quarter of 0.05 (`python -m benchmarks scan
+# --part calibration`), for high frequencies one; those for a few are from older victims.
+PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
+ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.2
 PRIOR_DF = 16.0
 # The same for pairs of classes: of what is left of a pair's log-norm without the parts
-# of its source and its target, and of targets by the median over their sources.
-# Patches: set with 14 clean and 12 attacked LeNet-5 of those other seeds in view, such
-# that pairs flagged none of 36 calibration victims at a fifth of 0.05 (of the 27, two).
-# Additive: from those clean ones alone.
-PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.4, 0.33, 0.7
+# of its source, its target and the network's margin, and of targets by the median over
+# their sources. For patches as above, each at half of that; for additions from 14 older
+# clean victims alone. The powers of the margin: regressed on 11 other clean victims.
+PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.35, 0.3, 0.7
 ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER = 0.3, 0.19, 0.45
 PAIR_DF = 144.0
 NULLS = ("log-normal", "gamma")
@@ -184,8 +180,8 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
     What is natural to a pair, since the network hardly tells the two classes apart, to
     a source, which is easily led anywhere, and to a target, which much is taken for,
     is taken out first: the first by the margins, the others by median polish of the
-    log-norms. So an attack from one class to another stands out, and one from all
-    classes as a column.
+    log-norms. So an attack from one class to another stands out; one from all classes
+    does as a column, by its median norm as it is.
 
     Parameters
     ----------
@@ -222,11 +218,11 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
     norms[off & ~converged] = norms[converged].max()
     norms[~off] = np.nan
     logs = np.log(np.maximum(norms, 1e-12))
+    left = logs.copy()
     if margins is not None:
         margins = np.array(margins, dtype=np.float64)
         floor = _MIN_MARGIN * max(np.median(margins[off]), 1e-12)
-        logs -= power * np.log(np.maximum(margins, floor))
-    left = logs.copy()
+        left -= power * np.log(np.maximum(margins, floor))
     for _ in range(_N_POLISHES):
         left -= np.nanmedian(left, axis=1, keepdims=True)
         left -= np.nanmedian(left, axis=0, keepdims=True)
