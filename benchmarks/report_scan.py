@@ -163,11 +163,10 @@ def _population(records):
         "",
         f"{len(records)} small victims{part}, {len(strong)} of them with an ASR of "
         f"{STRONG} or more; in brackets 95 % Wilson intervals; by kind: the right "
-        "target found. Judged by the present rule from the norms of the lines; the "
-        "tables below have the verdicts of the lines' commits. The rule's null was "
-        "chosen by other victims; that the search for all sources goes on where "
-        "nothing stands out, and the others do not, was decided with 20 attacked ones "
-        "of these in view. "
+        "target found. Judged by the present rule from the norms of the lines; so are "
+        "the p-values of Neural Cleanse, fast and exhaustive, below; other tables have "
+        "the verdicts of the lines' commits. Searches, nulls and this rule were chosen "
+        "by victims of other seeds. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward), {seconds:.0f} s on one of two cores, both busy.",
     ]
@@ -220,8 +219,13 @@ def _cost(records):
         return ""
     table["passes"] = [_total(r) for r in records]
     table["victim"] = [str(r["config"]["recipe"]) for r in records]
-    table["p_found"] = [tuple(r["config"]["p_flagged"]) for r in records]
-    table["flags"] = [tuple(flagged) for flagged in table["flagged"]]
+    table["p_found"] = [
+        tuple(rank_by_p(p_values(r["config"]["norms"], r["config"]["converged"]), 0.05))
+        for r in records
+    ]
+    table["flags"] = table["p_found"].where(
+        table["schedule"] == "fast", [tuple(flagged) for flagged in table["flagged"]]
+    )
     wide = table.pivot(index="victim", columns="schedule")
     wide = wide[wide["seconds"].notna().all(axis=1)]
     fast = wide.xs("fast", axis=1, level=1)

@@ -190,9 +190,6 @@ def run_cost(bench):
             engineer = NCReverseEngineer(VictimNetwork(network), schedule=schedule)
             record = scanned(engineer, recipe, trigger, defense, unseen)
             record["config"]["part"] = "cost"
-            record["config"]["p_flagged"] = np.flatnonzero(
-                np.nan_to_num(engineer.p_values_, nan=1.0) < 0.05
-            ).tolist()
             source = bench.data(recipe["dataset"]).data_source
             bench.append({**record, "data_source": source})
             say(record)
