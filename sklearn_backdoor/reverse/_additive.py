@@ -76,6 +76,9 @@ class AdditiveReverseEngineer(FastReverseEngineer):
       scaled to the smallest multiple that reaches it; the sources stop at the rate.
     - The success rate is 0.95; the sources take 0.8 to 0.95. Flagged perturbations are
       refined as in `NCReverseEngineer`.
+    - ``min_frequency`` is ours: of each step the low coefficients of its cosine
+      transform (DCT-II) are taken out, and steps are longer. A flagged perturbation is
+      refined with all frequencies.
     - Source weights are the softmax of minus the running losses of the source classes;
       L-RED learns them by gradient steps.
     - The default null is a t-test on log-norms, since the published Gamma flags clean
