@@ -152,6 +152,11 @@ def test_a_pair_that_the_network_hardly_tells_apart_is_no_attack():
     margins[3, 1] = -2  # confused: at the floor
     p, _ = judge(norms, margins=margins, power=0.7)
     assert np.isfinite(p).all() and p[3, 1] > 0.05
+    margins[2, 6], margins[7, 1] = np.nan, np.inf  # as of log-probabilities
+    np.testing.assert_array_equal(judge(norms, margins=margins, power=0.7)[0], p)
+    for unknown in (np.nan, -1.0):
+        p, _ = judge(norms, margins=np.full((10, 10), unknown), power=0.7)
+        np.testing.assert_allclose(p, judge(norms)[0])
 
 
 def test_a_target_of_all_classes_shows_as_a_column():

@@ -193,7 +193,8 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
         and of a column's median log-norm.
     margins : array-like of shape (n_classes, n_classes), default=None
         By how much the row's logit exceeds the column's on clean images of the row's
-        class, on average. None takes all for equal.
+        class, on average. None takes all for equal; what is not finite is taken for
+        the median.
     power : float, default=0
         To which power of the margin a norm rises in clean victims.
 
@@ -220,9 +221,11 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
     logs = np.log(np.maximum(norms, 1e-12))
     left = logs.copy()
     if margins is not None:
-        margins = np.array(margins, dtype=np.float64)
-        floor = _MIN_MARGIN * max(np.median(margins[off]), 1e-12)
-        left -= power * np.log(np.maximum(margins, floor))
+        known = np.array(margins, dtype=np.float64)[off]
+        known = known[np.isfinite(known)]
+        usual = max(np.median(known), 1e-12) if len(known) else 1.0
+        seen = np.where(np.isfinite(margins), margins, usual)
+        left -= power * np.log(np.maximum(seen, _MIN_MARGIN * usual))
     for _ in range(_N_POLISHES):
         left -= np.nanmedian(left, axis=1, keepdims=True)
         left -= np.nanmedian(left, axis=0, keepdims=True)
