@@ -6,8 +6,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.quality import measure
 from benchmarks.results import append, read
 from benchmarks.scan_lines import by_method, say, scanned, success_rate

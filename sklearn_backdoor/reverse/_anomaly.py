@@ -16,7 +16,8 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # few, and how many classes' worth of evidence that is. Those that the automatic search
 # uses are the smallest in steps of 0.05 by which a search, by itself, flags none of 27
 # clean victims kept for that alone at a quarter of 0.05 (`python -m benchmarks scan
-# --part calibration`), for high frequencies one; those for a few are from older victims.
+# --part calibration`), or one of them, for high frequencies; those for a few are from
+# older victims.
 PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.2
 PRIOR_DF = 16.0
