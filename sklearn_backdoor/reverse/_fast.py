@@ -21,6 +21,7 @@ from sklearn_backdoor.reverse._search import ImagePasses, Task
 
 SOURCES = ("all", "learnt", "pairs")
 _STEPS, _SCREEN_STEPS = 60, 20
+_RATE = 0.75  # below the ASR of weak attacks
 _OVERWHELMING = 0.001  # p-value at which a search need not go further
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
@@ -47,7 +48,6 @@ class FastReverseEngineer(BaseReverseEngineer):
         "column_sd": PATCH_COLUMN_SD,
         "power": PATCH_POWER,
     }
-    _rate = 0.75  # success at which norms are compared: below the ASR of weak attacks
 
     def _check_params(self):
         if self.sources not in SOURCES:
@@ -61,6 +61,11 @@ class FastReverseEngineer(BaseReverseEngineer):
 
     def _steps(self):
         return _STEPS if self.max_steps is None else self.max_steps
+
+    @property
+    def _rate(self):
+        """Success at which norms are compared."""
+        return _RATE
 
     @property
     def _prior_sd(self):
