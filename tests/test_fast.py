@@ -35,6 +35,7 @@ from sklearn_backdoor.reverse import (
     _fast,
     default_engineers,
 )
+from sklearn_backdoor.reverse._anomaly import ADDITIVE_FEW_SD, p_values
 from sklearn_backdoor.reverse._forms import AdditiveSearch, PatchSearch, _HighPass
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult, Task
 from tests.common import LinearNetwork, OneSource, linear_images
@@ -345,6 +346,11 @@ def test_without_low_frequencies_a_chessboard_stands_out_that_did_not():
     assert engineer.target_classes_.tolist() == [3]
     found = engineer.trigger_.perturbation[0]
     assert np.corrcoef(found.ravel(), board(8).ravel())[0, 1] > 0.6
+    learnt = clone(engineer).set_params(sources="learnt").fit(X, y)
+    np.testing.assert_allclose(  # the null for all sources would be too narrow
+        learnt.p_values_,
+        p_values(learnt.norms_, learnt.converged_, prior_sd=ADDITIVE_FEW_SD),
+    )
     for label in (0, 1, 2, 4, 5):  # those that were not refined
         spectrum = dctn(engineer.triggers_[label].perturbation[0], norm="ortho")
         low = np.hypot(*np.indices((8, 8)) / 8) < 0.75

@@ -39,8 +39,9 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     min_frequency : float in 0...1, default=0
         Spatial frequencies below are kept out of the perturbation, in units of the
         highest that the image has (Nyquist's). What makes one class look like another
-        lies in low frequencies, a chessboard or noise in high ones: 0.75 makes the
-        first hard and leaves the others as easy as they are.
+        lies in low frequencies, a chessboard in high ones, noise in both: 0.75 makes
+        the first harder and leaves the chessboard as easy as it is. The null for it was
+        set with ``sources="all"``.
     success_rate : float in 0...1, default=None
         Fraction of moved images that must be classified to the candidate; None for
         0.95, and for 0.7 with a ``min_frequency``.
@@ -141,9 +142,9 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     @property
     def _prior_sd(self):
-        if self.min_frequency > 0:
-            return ADDITIVE_FINE_SD
-        return ADDITIVE_SD if self.sources == "all" else ADDITIVE_FEW_SD
+        if self.sources != "all":
+            return ADDITIVE_FEW_SD
+        return ADDITIVE_FINE_SD if self.min_frequency > 0 else ADDITIVE_SD
 
     @property
     def _rate(self):

@@ -90,6 +90,9 @@ class NCReverseEngineer(FastReverseEngineer):
         targets that are reached from several. Not found by ``sources="all"``.
     pair_norms_, pair_converged_ : ndarray of shape (n_classes, n_classes)
         From the row's class to the column's; only with ``sources="pairs"``.
+    pair_margins_ : ndarray of shape (n_classes, n_classes)
+        By how much the row's logit exceeds the column's on clean images of the row's
+        class, on average; with ``pair_norms_``.
     target_classes_ : ndarray
         Flagged classes, the most anomalous first; may be empty.
     target_class_ : label or None
