@@ -77,8 +77,10 @@ def _judged(record):
             engineer.pair_margins_ = np.array(seen["pair_margins"])
             p.append(p_values_of_pairs(*engineer._judge_pairs()))
         else:
-            prior_sd = engineer._prior_sd
-            p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
+            beside = seen.get("baseline_norms")
+            if beside is not None:  # -1: the search of the baseline failed
+                beside = [norm if norm >= 0 else np.inf for norm in beside]
+            p.append(engineer._judge(seen["norms"], seen["converged"], beside))
         flagged = rank_by_p(p[-1], _ALPHA).tolist()
         methods[name] = {**seen, "flagged_alone": flagged}
     smallest = np.nan_to_num(p, nan=1.0).min(axis=0)

@@ -24,7 +24,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
 
     Runs searches for patches, for all source classes and for few, and for additive
     perturbations, with all frequencies and with high ones, and compares their p-values,
-    corrected for the number of searches.
+    corrected for the number of searches. Searches for all source classes judge norms
+    beside those of one baseline, see `NCReverseEngineer`.
 
     Parameters
     ----------
@@ -50,9 +51,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
     Attributes
     ----------
     report_ : pandas.DataFrame
-        A row a search and class: ``method``, ``class``, ``norm``, ``success_rate``,
-        ``converged``, ``reason``, ``anomaly_index``, ``p_value``, ``p_corrected``,
-        ``flagged``.
+        A row a search and class: ``method``, ``class``, ``norm``, ``baseline_norm``
+        (NaN where there was none), ``success_rate``, ``converged``, ``reason``,
+        ``anomaly_index``, ``p_value``, ``p_corrected``, ``flagged``.
     engineers_ : dict from str to reverse engineer
         Fitted.
     methods_ : list of str
@@ -257,6 +258,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
                         "method": name,
                         "class": self.classes_,
                         "norm": engineer.norms_,
+                        "baseline_norm": _baseline_norms(engineer),
                         "success_rate": engineer.success_rates_,
                         "converged": engineer.converged_,
                         "reason": engineer.reasons_,
@@ -294,6 +296,11 @@ def _is_far_smaller(narrow, wide):
     return _norm(narrow) < MUCH_SMALLER * _norm(wide)
 
 
+def _baseline_norms(engineer):
+    norms = getattr(engineer, "baseline_norms_", None)
+    return np.full(len(engineer.classes_), np.nan) if norms is None else norms
+
+
 def _norm(trigger):
     return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
 
@@ -317,12 +324,17 @@ def default_engineers(victim):
         only the first is run with up to 16 classes, only the second with more.
     """
     return [
-        ("patch", NCReverseEngineer(victim)),
+        ("patch", NCReverseEngineer(victim, baseline="distilled")),
         (_LEARNT, NCReverseEngineer(victim, sources="learnt")),
         (_PAIRS, NCReverseEngineer(victim, sources="pairs", batch_size=16)),
-        ("additive", AdditiveReverseEngineer(victim, sources="all")),
+        (
+            "additive",
+            AdditiveReverseEngineer(victim, sources="all", baseline="distilled"),
+        ),
         (
             "additive, high frequencies",
-            AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75),
+            AdditiveReverseEngineer(
+                victim, sources="all", min_frequency=0.75, baseline="distilled"
+            ),
         ),
     ]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import sklearn_backdoor
 from sklearn_backdoor._fingerprint import fingerprint
 from sklearn_backdoor._torch import to_tensor
+from sklearn_backdoor.reverse._baseline import Distillation
 from sklearn_backdoor.reverse._checkpoint import CheckpointFolder
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult
 
@@ -25,6 +26,7 @@ class Prepared(NamedTuple):
     y: np.ndarray
     bfloat16: bool
     passes: ImagePasses
+    kept: dict  # what is made when it is first needed
 
 
 class Run:
@@ -38,7 +40,7 @@ class Run:
 
     def __init__(self, engineer, prepared):
         self.engineer = engineer
-        self.victim, self.X, self.y, self.bfloat16, self.passes = prepared
+        self.victim, self.X, self.y, self.bfloat16, self.passes, self._kept = prepared
         victim = self.victim
         n_classes = len(victim.classes_)
         random_state = check_random_state(engineer.random_state)
@@ -71,9 +73,25 @@ class Run:
             "sklearn_backdoor": sklearn_backdoor.__version__,
         }
 
-    def __call__(self, groups, stage="search", **options):
+    def baseline(self):
+        """Return the victim's baseline, made when it is first asked for."""
+        if "baseline" not in self._kept:
+            distillation = Distillation(self.victim, self.X, self.bfloat16)
+            kept = self.folder.load("baseline") if self.folder else None
+            if kept is not None:
+                distillation.unpack(*kept)
+            else:
+                distillation.run(np.random.SeedSequence(self.seeds))
+            if self.folder and kept is None:
+                self.folder.save("baseline", distillation, now=True)
+            self.passes += distillation.passes
+            self._kept["baseline"] = distillation.result()
+        return self._kept["baseline"]
+
+    def __call__(self, groups, stage="search", *, victim=None, **options):
         """Search all groups; return the results in the order of the tasks.
 
+        ``victim`` is searched in place of the run's own.
         ``options`` go to ``_open_search``; those that are dicts by task, for the tasks
         of the group only.
         """
@@ -90,7 +108,7 @@ class Run:
             jobs = (
                 delayed(_run_group)(
                     engineer,
-                    self.victim,
+                    victim or self.victim,
                     self.X,
                     self.y,
                     self.bfloat16,
