@@ -69,7 +69,8 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         L2 norm of each perturbation, pixels in 0...1, where classes were compared.
     p_values_ : ndarray of shape (n_classes,)
         Probability of a norm as small if no class is a target; with a baseline and of
-        pairs as in `NCReverseEngineer`, or of the smallest of a target's pairs (``null="gamma"``).
+        pairs as in `NCReverseEngineer`, or of the smallest of a target's pairs
+        (``null="gamma"``).
     others
         As in `NCReverseEngineer`.
 

@@ -89,8 +89,9 @@ class NCReverseEngineer(FastReverseEngineer):
         NaN where too few classes converged, or a class was not among the contenders.
     p_values_ : ndarray of shape (n_classes,)
         Probability of a norm as small if no class is a target, see `p_values`; with a
-        baseline, of a multiple of the baseline's as small. Of pairs: the smaller of two, times two, for one pair of the target and for its
-        column, see `pair_p_values`.
+        baseline, of a multiple of the baseline's as small. Of pairs: the smaller of
+        two, times two, for one pair of the target and for its column, see
+        `pair_p_values`.
     source_weights_ : ndarray of shape (n_classes, n_classes) or None
         A row a target: the source classes' weights; all of it on one class where
         the trigger is for that class alone.
