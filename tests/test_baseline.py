@@ -158,6 +158,52 @@ def test_image_passes_are_counted_exactly(tmp_path, images, judged_late, monkeyp
     assert passes.backward == 2 * 2 * 6 * 12 * 32 + n_distilled
 
 
+class Frozen(torch.nn.Module):
+    """Nothing in it can be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = torch.nn.Identity()
+
+    def forward(self, images):
+        return 10 * self.hidden(images).flatten(1)[:, :6]
+
+
+class Forgetful(LinearNetwork):
+    """In training its logits are those of another class."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits.roll(1, dims=1) if self.training else logits
+
+
+class Explosive(LinearNetwork):
+    def forward(self, images):
+        logits = super().forward(images)
+        return logits * torch.inf if self.training else logits
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Frozen(), "empty parameter list"),
+        (Forgetful(), "right on .* of D_Defense then"),
+        (Explosive(), "NaN"),
+    ],
+)
+def test_a_network_that_cannot_be_fine_tuned_is_judged_without(
+    images, judged_late, network, message
+):
+    X, y = images
+    victim = VictimNetwork(network.eval(), feature_layer="hidden")
+    engineer = NCReverseEngineer(victim, baseline="distilled")
+    with pytest.warns(UserWarning, match=f"no baseline .*{message}"):
+        engineer.fit(X, y)
+    assert engineer.baseline_norms_ is None
+    plain = clone(engineer).set_params(baseline=None).fit(X, y)
+    np.testing.assert_array_equal(engineer.p_values_, plain.p_values_)
+
+
 def test_many_classes_are_compared_with_the_baseline_as_chosen(judged_late):
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(40), 3)
@@ -181,7 +227,7 @@ def test_the_automatic_search_makes_one_baseline_for_all(images, monkeypatch):
     made = []
     run = Distillation.run
     monkeypatch.setattr(
-        Distillation, "run", lambda self, seed: made.append(run(self, seed))
+        Distillation, "run", lambda self, *a, **k: made.append(run(self, *a, **k))
     )
     auto = AutoReverseEngineer(VictimNetwork(LinearNetwork())).fit(X, y)
     assert len(made) == 1

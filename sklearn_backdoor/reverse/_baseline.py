@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from sklearn.base import clone
 from torch.nn.functional import kl_div
+from tqdm import tqdm
 
 from sklearn_backdoor._exclusive import exclusive
 from sklearn_backdoor._torch import borrowed_random_state, to_tensor
@@ -14,7 +15,7 @@ from sklearn_backdoor.reverse._search import ImagePasses
 _STEPS, _EPOCHS, _BATCH = 320, 20, 32  # whichever ends first
 _LR, _MOMENTUM, _MAX_GRADIENT = 0.05, 0.9, 5.0
 _TEMPERATURE = 4.0
-_NOISE, _SHIFT = 0.1, 1  # standard deviation, pixels
+_NOISE, _SHIFT = 0.1, 1 / 28  # standard deviation; part of the image's side
 
 
 class Distillation:
@@ -46,13 +47,15 @@ class Distillation:
             self._student = copy.deepcopy(victim._opened)
         self.passes = ImagePasses(0, 0)
 
-    def run(self, seed):
+    def run(self, seed, *, verbose=False):
         """Go all steps.
 
         Parameters
         ----------
         seed : numpy.random.SeedSequence
             Of the order of the images, their noise and dropout.
+        verbose : bool, default=False
+            Show a progress bar.
         """
         random_state = np.random.RandomState(seed.generate_state(4))
         images = to_tensor(self.X, self.victim.device_)
@@ -63,7 +66,9 @@ class Distillation:
         n_steps = min(_STEPS, _EPOCHS * -(-len(images) // _BATCH))
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, n_steps)
         with borrowed_random_state(random_state):
-            for _ in range(n_steps):
+            for _ in tqdm(
+                range(n_steps), "baseline", disable=None if verbose else True
+            ):
                 rows = torch.randperm(len(images))[:_BATCH].to(images.device)
                 kind = images.device.type
                 with torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16):
@@ -91,14 +96,21 @@ class Distillation:
         self.passes = ImagePasses(**numbers)
 
     def result(self):
-        """Return the copy as a fitted VictimNetwork."""
+        """Return the copy as a fitted VictimNetwork.
+
+        Raises
+        ------
+        ValueError
+            If it answers with NaN or infinity.
+        """
         network = self._student.network.eval().requires_grad_(False)
         return clone(self.victim).set_params(net=network).fit(self.X)
 
 
 def _augmented(images):
-    """Move images by a pixel at most and add noise."""
-    moves = torch.randint(-_SHIFT, _SHIFT + 1, (2,)).tolist()
+    """Move images a little and add noise."""
+    furthest = round(_SHIFT * min(images.shape[2:]))
+    moves = torch.randint(-furthest, furthest + 1, (2,)).tolist()
     moved = torch.roll(images, moves, dims=(2, 3))
     noise = torch.randn(images.shape).to(images)
     return (moved + _NOISE * noise).clamp(0, 1)

@@ -139,7 +139,10 @@ class FastReverseEngineer(BaseReverseEngineer):
         found = self._search_twice(run, tasks, starts, reference)
         if self.baseline is None or self._is_clear(run, found):
             return found
-        beside = self._search_twice(run, tasks, starts, reference, run.baseline())
+        baseline = run.baseline()
+        if baseline is None:
+            return found
+        beside = self._search_twice(run, tasks, starts, reference, baseline)
         return [
             result._replace(baseline_norm=other.norm if other.converged else np.inf)
             for result, other in zip(found, beside, strict=True)

@@ -144,9 +144,10 @@ class NCReverseEngineer(FastReverseEngineer):
       ones 0.46 to 1.0, since a class that looks like the target is easily led there.)
     - The baseline is ours; we know of no source that compares norms with it. It learns
       the network's own answers to the clean images, by distillation at a temperature
-      of 4, from images with noise that are moved by a pixel at most: SGD at a rate of
-      0.05 for 20 epochs or 320 mini-batches. A class that it withstands counts as if it
-      took the largest norm; where most do, norms are judged without.
+      of 4, from images with noise that are moved by up to 1/28 of their side: SGD at a
+      rate of 0.05 for 20 epochs or 320 mini-batches. A class for which the search of
+      the baseline fails counts as if it took the largest norm there; where most do, or
+      the network cannot be trained, norms are judged without.
     - Of pairs, masks start faint (opacities of 0 to 0.1), so that the first gradients
       are those of the images themselves.
 

@@ -1,5 +1,6 @@
 """One fit's searches: in processes, with progress and checkpoints if asked."""
 
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -74,19 +75,38 @@ class Run:
         }
 
     def baseline(self):
-        """Return the victim's baseline, made when it is first asked for."""
+        """Return the victim's baseline, made when it is first asked for.
+
+        None, with a warning, where the network cannot be trained, or unlearns its task.
+        """
         if "baseline" not in self._kept:
-            distillation = Distillation(self.victim, self.X, self.bfloat16)
-            kept = self.folder.load("baseline") if self.folder else None
-            if kept is not None:
-                distillation.unpack(*kept)
-            else:
-                distillation.run(np.random.SeedSequence(self.seeds))
-            if self.folder and kept is None:
-                self.folder.save("baseline", distillation, now=True)
-            self.passes += distillation.passes
-            self._kept["baseline"] = distillation.result()
+            try:
+                self._kept["baseline"] = self._distil()
+            except (RuntimeError, TypeError, ValueError) as error:
+                warnings.warn(
+                    f"no baseline could be made, since a copy of the network could not "
+                    f"be fine-tuned ({error}): norms are judged without.",
+                    stacklevel=2,
+                )
+                self._kept["baseline"] = None
         return self._kept["baseline"]
+
+    def _distil(self):
+        distillation = Distillation(self.victim, self.X, self.bfloat16)
+        kept = self.folder.load("baseline") if self.folder else None
+        if kept is not None:
+            distillation.unpack(*kept)
+        else:
+            seed = np.random.SeedSequence(self.seeds)
+            distillation.run(seed, verbose=self.engineer.verbose)
+            if self.folder:
+                self.folder.save("baseline", distillation, now=True)
+        self.passes += distillation.passes + ImagePasses(len(self.X), 0)
+        baseline = distillation.result()
+        accuracy = np.mean(baseline.predict(self.X) == self.victim.classes_[self.y])
+        if accuracy < min(0.5, 2 / len(self.victim.classes_)):
+            raise ValueError(f"it is right on {accuracy:.0%} of D_Defense then")
+        return baseline
 
     def __call__(self, groups, stage="search", *, victim=None, **options):
         """Search all groups; return the results in the order of the tasks.
