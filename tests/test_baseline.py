@@ -13,7 +13,7 @@ from sklearn_backdoor import (
     VictimNetwork,
 )
 from sklearn_backdoor._fingerprint import fingerprint
-from sklearn_backdoor.reverse import _fast
+from sklearn_backdoor.reverse import _fast, default_engineers
 from sklearn_backdoor.reverse._anomaly import (
     ADDITIVE_FINE_RELATIVE,
     ADDITIVE_RELATIVE,
@@ -229,10 +229,17 @@ def test_the_automatic_search_makes_one_baseline_for_all(images, monkeypatch):
     monkeypatch.setattr(
         Distillation, "run", lambda self, *a, **k: made.append(run(self, *a, **k))
     )
-    auto = AutoReverseEngineer(VictimNetwork(LinearNetwork())).fit(X, y)
+    victim = VictimNetwork(LinearNetwork())
+    engineers = [
+        (name, one.set_params(baseline="distilled" if one.sources == "all" else None))
+        for name, one in default_engineers(victim)
+    ]
+    auto = AutoReverseEngineer(victim, engineers=engineers).fit(X, y)
     assert len(made) == 1
     beside = [one.baseline_norms_ is not None for one in auto.engineers_.values()]
-    assert beside == [True, False, True, True]  # not the pairs
+    assert beside == [True, False, False, True, True]  # for all source classes
+    has_norm = auto.report_.groupby("method", sort=False)["baseline_norm"].count() > 0
+    assert has_norm.tolist() == beside
     total = sum(
         (one.n_image_passes_ for one in auto.engineers_.values()), ImagePasses(0, 0)
     )

@@ -24,8 +24,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
 
     Runs searches for patches, for all source classes and for few, and for additive
     perturbations, with all frequencies and with high ones, and compares their p-values,
-    corrected for the number of searches. Searches for all source classes judge norms
-    beside those of one baseline, see `NCReverseEngineer`.
+    corrected for the number of searches.
 
     Parameters
     ----------
@@ -36,7 +35,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
         `NCReverseEngineer`, "additive" and "additive, high frequencies" by
         `AdditiveReverseEngineer`, all at their fast schedule. With more than 16 classes
         "patch, learnt sources" stands for the pairs, which take 16 images times 60
-        steps each.
+        steps each. Engineers with a baseline share one.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -324,17 +323,12 @@ def default_engineers(victim):
         only the first is run with up to 16 classes, only the second with more.
     """
     return [
-        ("patch", NCReverseEngineer(victim, baseline="distilled")),
+        ("patch", NCReverseEngineer(victim)),
         (_LEARNT, NCReverseEngineer(victim, sources="learnt")),
         (_PAIRS, NCReverseEngineer(victim, sources="pairs", batch_size=16)),
-        (
-            "additive",
-            AdditiveReverseEngineer(victim, sources="all", baseline="distilled"),
-        ),
+        ("additive", AdditiveReverseEngineer(victim, sources="all")),
         (
             "additive, high frequencies",
-            AdditiveReverseEngineer(
-                victim, sources="all", min_frequency=0.75, baseline="distilled"
-            ),
+            AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75),
         ),
     ]
