@@ -3,10 +3,9 @@
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from sklearn.metrics import roc_auc_score
 
 from benchmarks.results import read
-from benchmarks.victims import NETWORKS, calibration, population
+from benchmarks.victims import NETWORKS, population
 from sklearn_backdoor.metrics import wilson_interval
 from sklearn_backdoor.reverse._anomaly import (
     anomaly_indices,
@@ -49,7 +48,6 @@ def report_scan(results):
     """
     parts = [
         _population([_judged(r) for r in _load(results, "population")]),
-        _baseline(_load(results, "baseline")),
         _weak([_judged(r) for r in _load(results, "weak")]),
         _cost(_load(results, "cost")),
         _classes(_load(results, "classes")),
@@ -79,7 +77,8 @@ def _judged(record):
             engineer.pair_margins_ = np.array(seen["pair_margins"])
             p.append(p_values_of_pairs(*engineer._judge_pairs()))
         else:
-            p.append(engineer._judge(seen["norms"], seen["converged"]))
+            prior_sd = engineer._prior_sd
+            p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
         flagged = rank_by_p(p[-1], _ALPHA).tolist()
         methods[name] = {**seen, "flagged_alone": flagged}
     smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
@@ -171,53 +170,6 @@ def _population(records):
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward), {seconds:.0f} s on one of two cores, both busy.",
     ]
-    return "\n".join(lines)
-
-
-def _baseline(records):
-    """Return what searches find by norms as they are, and beside a baseline's."""
-    seeds = {recipe["seed"] for recipe in calibration()}
-    records = [r for r in records if r["seed"] not in seeds]
-    strong = [r for r in records if r["attack"] and r["asr"] >= STRONG]
-    clean = [r for r in records if not r["attack"]]
-    if not strong or not clean:
-        return ""
-    lines = [
-        f"| norms of | judged | detected, of {len(strong)} | right target, of these | "
-        f"false alarms, of {len(clean)} clean | AUROC of the smallest p |",
-        "|---|---|---|---|---|---|",
-    ]
-    engineers = dict(default_engineers(None))
-    for name in records[0]["config"]["methods"]:
-        for how in ("as they are", "beside a baseline's"):
-
-            def judge(record, name=name, how=how):
-                """Return p-values; 1 where there is nothing to compare with."""
-                seen = record["config"]["methods"][name]
-                beside = None
-                if how != "as they are" and "baseline_norms" in seen:
-                    beside = [n if n >= 0 else np.inf for n in seen["baseline_norms"]]
-                p = engineers[name]._judge(seen["norms"], seen["converged"], beside)
-                return np.nan_to_num(p, nan=1.0)
-
-            attacked = [judge(record) for record in strong]
-            flagged = [rank_by_p(p, _ALPHA) for p in attacked]
-            detected = sum(len(found) > 0 for found in flagged)
-            right = sum(
-                found[0] == record["target_class"]
-                for found, record in zip(flagged, strong, strict=True)
-                if len(found)
-            )
-            natural = [judge(record).min() for record in clean]
-            smallest = [*natural, *(p.min() for p in attacked)]
-            truth = np.repeat([0, 1], [len(clean), len(strong)])
-            auroc = roc_auc_score(truth, np.negative(smallest))
-            alarms = sum(p < _ALPHA for p in natural)
-            lines.append(
-                f"| {name} | {how} | {_rate(detected, len(strong))} | "
-                f"{_rate(right, detected)} | {_rate(alarms, len(clean))} | "
-                f"{auroc:.3f} |"
-            )
     return "\n".join(lines)
 
 

@@ -28,7 +28,6 @@ from sklearn_backdoor.reverse import (
 PARTS = (
     "calibration",
     "population",
-    "baseline",
     "weak",
     "cost",
     "classes",
@@ -125,7 +124,6 @@ def scan(parts, bench):
         {
             "calibration": run_calibration,
             "population": run_population,
-            "baseline": run_baseline,
             "weak": run_weak,
             "cost": run_cost,
             "classes": run_classes,
@@ -156,27 +154,6 @@ def run_population(bench, part="population", recipes=None):
         record = scanned(engineer, recipe, trigger, defense, unseen)
         record["config"]["part"] = part
         record["config"]["methods"] = by_method(engineer)
-        bench.append(
-            {**record, "data_source": bench.data(recipe["dataset"]).data_source}
-        )
-        say(record)
-
-
-def run_baseline(bench):
-    """Judge norms beside a baseline's, on population and calibration."""
-    for recipe in [*calibration(), *bench.population()]:
-        if bench.is_done("baseline", recipe):
-            continue
-        network, trigger, defense, unseen = bench.open(recipe)
-        victim = VictimNetwork(network)
-        engineers = [
-            (name, engineer.set_params(baseline="distilled"))
-            for name, engineer in default_engineers(victim)
-            if engineer.sources == "all"
-        ]
-        engineer = AutoReverseEngineer(victim, engineers=engineers)
-        record = scanned(engineer, recipe, trigger, defense, unseen)
-        record["config"].update(part="baseline", methods=by_method(engineer))
         bench.append(
             {**record, "data_source": bench.data(recipe["dataset"]).data_source}
         )

@@ -61,7 +61,6 @@ def by_method(engineer):
             "p_values": one.p_values_.tolist(),
             "anomaly_indices": one.anomaly_indices_.tolist(),
             "image_passes": one.n_image_passes_._asdict(),
-            **_beside(one),
             **_pairs(one),
         }
         for name, one in engineer.engineers_.items()
@@ -95,14 +94,6 @@ def _norm(trigger):
     if trigger is None:
         return None
     return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
-
-
-def _beside(engineer):
-    """Return what the baseline took, if a search was compared with it; -1: failed."""
-    norms = getattr(engineer, "baseline_norms_", None)
-    if norms is None:
-        return {}
-    return {"baseline_norms": np.nan_to_num(norms, nan=-1, posinf=-1).tolist()}
 
 
 def _pairs(engineer):

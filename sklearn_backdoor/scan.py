@@ -193,7 +193,6 @@ def _tabulate(engineer, method):
             "method": method,
             "class": classes,
             "norm": engineer.norms_,
-            "baseline_norm": np.nan,
             "success_rate": engineer.success_rates_,
             "converged": engineer.converged_,
             "reason": engineer.reasons_,

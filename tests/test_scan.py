@@ -91,8 +91,8 @@ def test_a_backdoor_ends_with_status_1_and_names_its_class_by_all_searches(case)
     assert found["exit_status"] == 1
     assert len(found["table"]) == 4 * 6
     fields = (
-        "method class norm baseline_norm success_rate converged reason anomaly_index "
-        "p_value p_corrected flagged"
+        "method class norm success_rate converged reason anomaly_index p_value "
+        "p_corrected flagged"
     )
     assert all(set(fields.split()) == set(row) for row in found["table"])
     flagged = {row["class"] for row in found["table"] if row["flagged"]}

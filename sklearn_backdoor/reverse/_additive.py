@@ -4,11 +4,9 @@ from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._anomaly import (
     ADDITIVE_COLUMN_SD,
     ADDITIVE_FEW_SD,
-    ADDITIVE_FINE_RELATIVE,
     ADDITIVE_FINE_SD,
     ADDITIVE_PAIR_SD,
     ADDITIVE_POWER,
-    ADDITIVE_RELATIVE,
     ADDITIVE_SD,
     NULLS,
     rank_by_p,
@@ -44,8 +42,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         lies in low frequencies, a chessboard in high ones, noise in both: 0.75 makes
         the first harder and leaves the chessboard as easy as it is. The null for it was
         set with ``sources="all"``.
-    baseline : {None, "distilled"}, default=None
-        As in `NCReverseEngineer`; not with ``null="gamma"``.
     success_rate : float in 0...1, default=None
         Fraction of moved images that must be classified to the candidate; None for
         0.95, and for 0.7 with a ``min_frequency``.
@@ -68,9 +64,8 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     norms_ : ndarray of shape (n_classes,)
         L2 norm of each perturbation, pixels in 0...1, where classes were compared.
     p_values_ : ndarray of shape (n_classes,)
-        Probability of a norm as small if no class is a target; with a baseline and of
-        pairs as in `NCReverseEngineer`, or of the smallest of a target's pairs
-        (``null="gamma"``).
+        Probability of a norm as small if no class is a target; of pairs as in
+        `NCReverseEngineer`, or of the smallest of a target's pairs (``null="gamma"``).
     others
         As in `NCReverseEngineer`.
 
@@ -111,7 +106,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         *,
         sources="learnt",
         min_frequency=0.0,
-        baseline=None,
         success_rate=None,
         max_steps=60,
         batch_size=32,
@@ -125,7 +119,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         self.victim = victim
         self.sources = sources
         self.min_frequency = min_frequency
-        self.baseline = baseline
         self.success_rate = success_rate
         self.max_steps = max_steps
         self.batch_size = batch_size
@@ -142,11 +135,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         check_number(self.min_frequency, "min_frequency", 0, 1)
         if self.null not in NULLS:
             raise ValueError(f"null={self.null!r}, expected one of {', '.join(NULLS)}.")
-        if self.null == "gamma" and self.baseline is not None:
-            raise ValueError(
-                f"null='gamma' with baseline={self.baseline!r}: the published null "
-                "knows no baseline. Set one to its default."
-            )
 
     @property
     def _null(self):
@@ -157,10 +145,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         if self.sources != "all":
             return ADDITIVE_FEW_SD
         return ADDITIVE_FINE_SD if self.min_frequency > 0 else ADDITIVE_SD
-
-    @property
-    def _relative_null(self):
-        return ADDITIVE_FINE_RELATIVE if self.min_frequency > 0 else ADDITIVE_RELATIVE
 
     @property
     def _rate(self):

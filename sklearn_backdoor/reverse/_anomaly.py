@@ -21,11 +21,6 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.2
 PRIOR_DF = 16.0
-# The same two of norms as multiples of the baseline's, by Smyth's estimate (empirical
-# Bayes) from these 27 victims: how far they spread depends much on the network.
-PATCH_RELATIVE = {"prior_sd": 0.19, "prior_df": 3.0}
-ADDITIVE_RELATIVE = {"prior_sd": 0.12, "prior_df": 7.0}
-ADDITIVE_FINE_RELATIVE = {"prior_sd": 0.14, "prior_df": 3.0}
 # The same for pairs of classes: of what is left of a pair's log-norm without the parts
 # of its source, its target and the network's margin, and of targets by the median over
 # their sources. For patches as above, each at half of that; for additions from 14 older
@@ -178,26 +173,6 @@ def p_values(
             p[smaller] = min(p[smaller], p[larger] * (1 - _TIE))
     p[~converged] = 1
     return p
-
-
-def relative_norms(norms, baseline_norms):
-    """Return norms as multiples of the baseline's.
-
-    Parameters
-    ----------
-    norms : array-like of shape (n_classes,)
-    baseline_norms : array-like of shape (n_classes,)
-        Those that are not finite are censored: taken for the largest that is, so that
-        a class for which the baseline's search failed is no smaller for that.
-
-    Returns
-    -------
-    ndarray of shape (n_classes,)
-    """
-    beside = np.array(baseline_norms, dtype=np.float64)
-    known = np.isfinite(beside)
-    beside[~known] = beside[known].max()
-    return np.asarray(norms, dtype=np.float64) / np.maximum(beside, 1e-12)
 
 
 def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0.0):

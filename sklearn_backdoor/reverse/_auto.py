@@ -35,7 +35,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
         `NCReverseEngineer`, "additive" and "additive, high frequencies" by
         `AdditiveReverseEngineer`, all at their fast schedule. With more than 16 classes
         "patch, learnt sources" stands for the pairs, which take 16 images times 60
-        steps each. Engineers with a baseline share one.
+        steps each.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -50,9 +50,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
     Attributes
     ----------
     report_ : pandas.DataFrame
-        A row a search and class: ``method``, ``class``, ``norm``, ``baseline_norm``
-        (NaN where there was none), ``success_rate``, ``converged``, ``reason``,
-        ``anomaly_index``, ``p_value``, ``p_corrected``, ``flagged``.
+        A row a search and class: ``method``, ``class``, ``norm``, ``success_rate``,
+        ``converged``, ``reason``, ``anomaly_index``, ``p_value``, ``p_corrected``,
+        ``flagged``.
     engineers_ : dict from str to reverse engineer
         Fitted.
     methods_ : list of str
@@ -257,7 +257,6 @@ class AutoReverseEngineer(BaseReverseEngineer):
                         "method": name,
                         "class": self.classes_,
                         "norm": engineer.norms_,
-                        "baseline_norm": _baseline_norms(engineer),
                         "success_rate": engineer.success_rates_,
                         "converged": engineer.converged_,
                         "reason": engineer.reasons_,
@@ -293,11 +292,6 @@ def _is_far_smaller(narrow, wide):
     if type(narrow) is not type(wide):
         return True  # norms of different kinds: no evidence against
     return _norm(narrow) < MUCH_SMALLER * _norm(wide)
-
-
-def _baseline_norms(engineer):
-    norms = getattr(engineer, "baseline_norms_", None)
-    return np.full(len(engineer.classes_), np.nan) if norms is None else norms
 
 
 def _norm(trigger):

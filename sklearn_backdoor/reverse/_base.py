@@ -82,7 +82,7 @@ class BaseReverseEngineer(NotebookMixin, TransformerMixin, BaseEstimator, ABC):
         y = order[np.searchsorted(classes[order], y)]
         n_forward = _check_answers(victim, X, y)
         bfloat16, n_more = self._choose_precision(victim, X)
-        return Prepared(victim, X, y, bfloat16, ImagePasses(n_forward + n_more, 0), {})
+        return Prepared(victim, X, y, bfloat16, ImagePasses(n_forward + n_more, 0))
 
     def _check_running(self):
         """Check what changes no result."""

@@ -11,23 +11,18 @@ from sklearn_backdoor.reverse._anomaly import (
     PATCH_FEW_SD,
     PATCH_PAIR_SD,
     PATCH_POWER,
-    PATCH_RELATIVE,
     PATCH_SD,
-    is_informative,
     p_values,
     p_values_of_pairs,
     pair_p_values,
-    relative_norms,
 )
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._search import ImagePasses, Task
 
 SOURCES = ("all", "learnt", "pairs")
-BASELINES = (None, "distilled")
 _STEPS, _SCREEN_STEPS = 60, 20
 _RATE = 0.75  # below the ASR of weak attacks
 _OVERWHELMING = 0.001  # p-value at which a search need not go further
-_BASELINE_STAGES = ("baseline-search", "baseline-further")
 _N_CONTENDERS = _N_REFERENCE = 16
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
@@ -47,7 +42,6 @@ class FastReverseEngineer(BaseReverseEngineer):
     pair_norms_: Any
     pair_converged_: Any
     pair_margins_: Any
-    baseline: str | None = None  # a parameter where a subclass has a null for it
     _kind: type
     _pair_null = {
         "pair_sd": PATCH_PAIR_SD,
@@ -59,16 +53,6 @@ class FastReverseEngineer(BaseReverseEngineer):
         if self.sources not in SOURCES:
             raise ValueError(
                 f"sources={self.sources!r}, expected one of {', '.join(SOURCES)}."
-            )
-        if self.baseline not in BASELINES:
-            raise ValueError(
-                f"baseline={self.baseline!r}, expected one of {BASELINES}."
-            )
-        if self.baseline is not None and self.sources != "all":
-            raise ValueError(
-                f"baseline={self.baseline!r} with sources={self.sources!r}: norms are "
-                "compared with a baseline's for all sources only. Set one to its "
-                "default."
             )
         if self.success_rate is not None:
             check_number(self.success_rate, "success_rate", 0, 1)
@@ -86,11 +70,6 @@ class FastReverseEngineer(BaseReverseEngineer):
     @property
     def _prior_sd(self):
         return PATCH_SD if self.sources == "all" else PATCH_FEW_SD
-
-    @property
-    def _relative_null(self):
-        """The prior for norms as multiples of the baseline's."""
-        return PATCH_RELATIVE
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         steps = self._steps()
@@ -135,55 +114,31 @@ class FastReverseEngineer(BaseReverseEngineer):
         return results
 
     def _search_until_clear(self, run, tasks, *, starts=None, reference=None):
-        """Search; where no norm stands out at once, search the baseline as well."""
-        found = self._search_twice(run, tasks, starts, reference)
-        if self.baseline is None or self._is_clear(run, found):
-            return found
-        baseline = run.baseline()
-        if baseline is None:
-            return found
-        beside = self._search_twice(run, tasks, starts, reference, baseline)
-        return [
-            result._replace(baseline_norm=other.norm if other.converged else np.inf)
-            for result, other in zip(found, beside, strict=True)
-        ]
-
-    def _search_twice(self, run, tasks, starts, reference, victim=None):
         """Search for all steps; go on for as many unless a norm stands out at once.
 
-        At the baseline (``victim``) it always goes on, since nothing ought to.
+        The second look takes no correction, since the first asks for so much more
+        (Haybittle and Peto's rule).
         """
-        stages = ("search", "further") if victim is None else _BASELINE_STAGES
 
         def search(stage, starts):
             return [
                 result._replace(reference=reference is None or task.target in reference)
                 for task, result in zip(
-                    tasks,
-                    run(self._grouped(tasks), stage, victim=victim, starts=starts),
-                    strict=True,
+                    tasks, run(self._grouped(tasks), stage, starts=starts), strict=True
                 )
             ]
 
-        found = search(stages[0], starts)
+        found = search("search", starts)
         if self.max_steps is not None or self.sources != "all":
             return found
-        if victim is None and self._is_clear(run, found):
+        p = self._compare(found, n_candidates=len(run.victim.classes_))
+        if (np.nan_to_num(p, nan=1.0) < _OVERWHELMING).any():
             return found
-        further = search(stages[1], dict(zip(tasks, found, strict=True)))
+        further = search("further", dict(zip(tasks, found, strict=True)))
         return [
             min(pair, key=lambda result: (not result.converged, result.norm))
             for pair in zip(found, further, strict=True)
         ]
-
-    def _is_clear(self, run, found):
-        """Tell whether a norm stands out so far that nothing more is to be asked.
-
-        A further look takes no correction, since this one asks for so much more
-        (Haybittle and Peto's rule).
-        """
-        p = self._compare(found, n_candidates=len(run.victim.classes_))
-        return (np.nan_to_num(p, nan=1.0) < _OVERWHELMING).any()
 
     def _halve(self, run, results):
         """Search the better half further until few are left; return their numbers."""
@@ -248,12 +203,6 @@ class FastReverseEngineer(BaseReverseEngineer):
         if self.sources != "pairs":
             self.pair_norms_ = self.pair_converged_ = self.pair_margins_ = None
         self.single_sources_: dict = {}
-        beside = [result.baseline_norm for result in results]
-        self.baseline_norms_: Any = None
-        if any(norm is not None for norm in beside):
-            self.baseline_norms_ = np.array(
-                [np.nan if norm is None else norm for norm in beside]
-            )
         weights = [result.source_weights for result in results]
         self.source_weights_: Any = None if weights[0] is None else np.stack(weights)
         super()._conclude(run, results)
@@ -262,26 +211,6 @@ class FastReverseEngineer(BaseReverseEngineer):
         if self.sources != "pairs":
             return super()._p_values(results, judged)
         return p_values_of_pairs(*self._judge_pairs())
-
-    def _compare(self, results, n_candidates):
-        beside = [result.baseline_norm for result in results]
-        return self._judge(
-            [result.norm for result in results],
-            [result.converged for result in results],
-            None if None in beside else beside,
-            n_candidates=n_candidates,
-            reference=np.array([result.reference for result in results]),
-        )
-
-    def _judge(self, norms, converged, baseline_norms=None, **options):
-        """Return p-values, beside the baseline's norms where these say anything."""
-        beside = baseline_norms
-        if beside is None or not is_informative(beside, np.isfinite(beside)):
-            options |= {"null": self._null, "prior_sd": self._prior_sd}
-        else:
-            norms = relative_norms(norms, beside)
-            options |= self._relative_null
-        return p_values(norms, converged, **options)
 
     def _finish(self, run, results):
         """Refine the triggers of flagged classes: the strongest worth their norm."""

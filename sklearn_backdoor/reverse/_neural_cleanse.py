@@ -36,12 +36,6 @@ class NCReverseEngineer(FastReverseEngineer):
         most easily, by weights learnt in the search, which finds attacks from few
         classes; or each pair of classes by itself, which finds attacks from one. The
         last two only with ``schedule="fast"``.
-    baseline : {None, "distilled"}, default=None
-        "distilled" judges each norm as a multiple of what the same search takes from a
-        copy of the network that was fine-tuned on the clean images, and so forgot most
-        of a backdoor: classes that are naturally easy to reach are so there too. Made
-        only where no p-value is below 0.001 without; doubles the cost. Only for the
-        fast schedule and ``sources="all"``.
     success_rate : float in 0...1, default=None
         Fraction of stamped images that must be classified to the candidate, where
         norms are compared. None takes the schedule's.
@@ -75,9 +69,6 @@ class NCReverseEngineer(FastReverseEngineer):
     norms_ : ndarray of shape (n_classes,)
         L1 norm of each mask, in pixels, where classes were compared: a refined mask is
         larger.
-    baseline_norms_ : ndarray of shape (n_classes,) or None
-        Those of the baseline; infinity where its search did not converge, NaN where
-        none was made for the class. None where there was no baseline.
     success_rates_ : ndarray of shape (n_classes,)
         Of ``triggers_``, on images of the other classes: a sample (fast), all
         (exhaustive).
@@ -88,10 +79,9 @@ class NCReverseEngineer(FastReverseEngineer):
     anomaly_indices_ : ndarray of shape (n_classes,)
         NaN where too few classes converged, or a class was not among the contenders.
     p_values_ : ndarray of shape (n_classes,)
-        Probability of a norm as small if no class is a target, see `p_values`; with a
-        baseline, of a multiple of the baseline's as small. Of pairs: the smaller of
-        two, times two, for one pair of the target and for its column, see
-        `pair_p_values`.
+        Probability of a norm as small if no class is a target, see `p_values`. Of
+        pairs: the smaller of two, times two, for one pair of the target and for its
+        column, see `pair_p_values`.
     source_weights_ : ndarray of shape (n_classes, n_classes) or None
         A row a target: the source classes' weights; all of it on one class where
         the trigger is for that class alone.
@@ -142,12 +132,6 @@ class NCReverseEngineer(FastReverseEngineer):
       weight lay on it already. (The 0.4 was set with 12 victims in view: in three
       single-class attacks 0.22 to 0.35 of the norm were enough, in nine multi-class
       ones 0.46 to 1.0, since a class that looks like the target is easily led there.)
-    - The baseline is ours; we know of no source that compares norms with it. It learns
-      the network's own answers to the clean images, by distillation at a temperature
-      of 4, from images with noise that are moved by up to 1/28 of their side: SGD at a
-      rate of 0.05 for 20 epochs or 320 mini-batches. A class for which the search of
-      the baseline fails counts as if it took the largest norm there; where most do, or
-      the network cannot be trained, norms are judged without.
     - Of pairs, masks start faint (opacities of 0 to 0.1), so that the first gradients
       are those of the images themselves.
 
@@ -165,8 +149,6 @@ class NCReverseEngineer(FastReverseEngineer):
     ----------
     Wang, Yao, Shan, Li, Viswanath, Zheng, Zhao: Neural Cleanse: Identifying and
     mitigating backdoor attacks in neural networks. IEEE S&P 2019, §IV and appendix.
-    Hinton, Vinyals, Dean: Distilling the knowledge in a neural network. 2015.
-    Liu, Dolan-Gavitt, Garg: Fine-Pruning. RAID 2018 (fine-tuning against backdoors).
     """
 
     _kind = PatchSearch
@@ -177,7 +159,6 @@ class NCReverseEngineer(FastReverseEngineer):
         *,
         schedule="fast",
         sources="all",
-        baseline=None,
         success_rate=None,
         max_steps=None,
         batch_size=32,
@@ -190,7 +171,6 @@ class NCReverseEngineer(FastReverseEngineer):
         self.victim = victim
         self.schedule = schedule
         self.sources = sources
-        self.baseline = baseline
         self.success_rate = success_rate
         self.max_steps = max_steps
         self.batch_size = batch_size
@@ -207,11 +187,6 @@ class NCReverseEngineer(FastReverseEngineer):
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"schedule={self.schedule!r}, expected one of {', '.join(SCHEDULES)}."
-            )
-        if self.schedule == "exhaustive" and self.baseline is not None:
-            raise ValueError(
-                f"schedule='exhaustive' with baseline={self.baseline!r}: the published "
-                "schedule knows no baseline. Choose schedule='fast'."
             )
         if self.schedule == "exhaustive" and self.sources != "all":
             raise ValueError(

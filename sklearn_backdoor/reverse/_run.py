@@ -1,6 +1,5 @@
 """One fit's searches: in processes, with progress and checkpoints if asked."""
 
-import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ from tqdm import tqdm
 import sklearn_backdoor
 from sklearn_backdoor._fingerprint import fingerprint
 from sklearn_backdoor._torch import to_tensor
-from sklearn_backdoor.reverse._baseline import Distillation
 from sklearn_backdoor.reverse._checkpoint import CheckpointFolder
 from sklearn_backdoor.reverse._search import ImagePasses, Problem, SearchResult
 
@@ -27,7 +25,6 @@ class Prepared(NamedTuple):
     y: np.ndarray
     bfloat16: bool
     passes: ImagePasses
-    kept: dict  # what is made when it is first needed
 
 
 class Run:
@@ -41,7 +38,7 @@ class Run:
 
     def __init__(self, engineer, prepared):
         self.engineer = engineer
-        self.victim, self.X, self.y, self.bfloat16, self.passes, self._kept = prepared
+        self.victim, self.X, self.y, self.bfloat16, self.passes = prepared
         victim = self.victim
         n_classes = len(victim.classes_)
         random_state = check_random_state(engineer.random_state)
@@ -74,44 +71,9 @@ class Run:
             "sklearn_backdoor": sklearn_backdoor.__version__,
         }
 
-    def baseline(self):
-        """Return the victim's baseline, made when it is first asked for.
-
-        None, with a warning, where the network cannot be trained, or unlearns its task.
-        """
-        if "baseline" not in self._kept:
-            try:
-                self._kept["baseline"] = self._distil()
-            except (RuntimeError, TypeError, ValueError) as error:
-                warnings.warn(
-                    f"no baseline could be made, since a copy of the network could not "
-                    f"be fine-tuned ({error}): norms are judged without.",
-                    stacklevel=2,
-                )
-                self._kept["baseline"] = None
-        return self._kept["baseline"]
-
-    def _distil(self):
-        distillation = Distillation(self.victim, self.X, self.bfloat16)
-        kept = self.folder.load("baseline") if self.folder else None
-        if kept is not None:
-            distillation.unpack(*kept)
-        else:
-            seed = np.random.SeedSequence(self.seeds)
-            distillation.run(seed, verbose=self.engineer.verbose)
-            if self.folder:
-                self.folder.save("baseline", distillation, now=True)
-        self.passes += distillation.passes + ImagePasses(len(self.X), 0)
-        baseline = distillation.result()
-        accuracy = np.mean(baseline.predict(self.X) == self.victim.classes_[self.y])
-        if accuracy < min(0.5, 2 / len(self.victim.classes_)):
-            raise ValueError(f"it is right on {accuracy:.0%} of D_Defense then")
-        return baseline
-
-    def __call__(self, groups, stage="search", *, victim=None, **options):
+    def __call__(self, groups, stage="search", **options):
         """Search all groups; return the results in the order of the tasks.
 
-        ``victim`` is searched in place of the run's own.
         ``options`` go to ``_open_search``; those that are dicts by task, for the tasks
         of the group only.
         """
@@ -128,7 +90,7 @@ class Run:
             jobs = (
                 delayed(_run_group)(
                     engineer,
-                    victim or self.victim,
+                    self.victim,
                     self.X,
                     self.y,
                     self.bfloat16,

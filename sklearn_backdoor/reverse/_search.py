@@ -30,8 +30,7 @@ class SearchResult(NamedTuple):
     """What the search for one task found.
 
     ``judged`` results are compared with each other; ``reference`` ones make up the null
-    of the comparison. ``reason`` says why a search did not converge. ``baseline_norm``
-    is what the baseline took for the same, infinity where it did not converge, or None.
+    of the comparison. ``reason`` says why a search did not converge.
     """
 
     trigger: Trigger
@@ -43,7 +42,6 @@ class SearchResult(NamedTuple):
     source_weights: np.ndarray | None = None
     judged: bool = True
     reference: bool = True
-    baseline_norm: float | None = None
 
 
 class Problem(NamedTuple):
