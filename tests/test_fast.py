@@ -164,12 +164,12 @@ def test_pairs_are_left_out_where_there_are_too_many(monkeypatch):
     X, y = linear_images()
     victim = VictimNetwork(LinearNetwork())
     names = list(dict(default_engineers(victim)))
-    pairs, learnt = "patch, pairs", "patch, learnt sources"
     some = AutoReverseEngineer(victim).fit(X, y)
+    learnt = "patch, learnt sources"
     assert list(some.engineers_) == [name for name in names if name != learnt]
     monkeypatch.setattr(_auto, "_N_PAIRED", 5)
     few = AutoReverseEngineer(victim).fit(X, y)
-    assert list(few.engineers_) == [name for name in names if name != pairs]
+    assert list(few.engineers_) == [name for name in names if "pairs" not in name]
     smallest = few.report_.groupby("class")["p_value"].min()
     np.testing.assert_allclose(few.p_values_, np.minimum(1, 4 * smallest))
 
@@ -705,7 +705,7 @@ def auto_of_both(case):
     network, X, y = case
     victim = VictimNetwork(network)
     engineers = dict(default_engineers(victim))
-    del engineers["additive, high frequencies"]
+    engineers = dict(list(engineers.items())[:4])
     return AutoReverseEngineer(victim, engineers=list(engineers.items())).fit(X, y)
 
 

@@ -8,7 +8,7 @@ from scipy import stats
 
 MIN_INFORMATIVE = 5
 MIN_SPREAD = 0.05
-_N_POLISHES = 10
+_SOURCE_SHARE = 0.5  # of the source's median: the rest may be the attack itself
 _MIN_MARGIN = 0.05  # of the median: classes that are confused have none
 _TIE = 1e-9
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
@@ -178,11 +178,11 @@ def p_values(
 def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0.0):
     """Return for every pair of classes how probable its norm is if it is no attack's.
 
-    What is natural to a pair, since the network hardly tells the two classes apart, to
-    a source, which is easily led anywhere, and to a target, which much is taken for,
-    is taken out first: the first by the margins, the others by median polish of the
-    log-norms. So an attack from one class to another stands out; one from all classes
-    does as a column, by its median norm as it is.
+    What is natural to a pair, since the network hardly tells the two classes apart, and
+    to a source, which is easily led anywhere, is taken out first: by the margins, and
+    half of the source's median. What is a target's stays in, since an attack from one
+    class often helps others there too; one from all classes also shows as a column, by
+    its median norm as it is.
 
     Parameters
     ----------
@@ -202,14 +202,10 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
     Returns
     -------
     pairs : ndarray of shape (n_classes, n_classes) in 0...1
-        As of `p_values`, of a norm as far below its row's and its column's; 1 on the
-        diagonal. All NaN with fewer than five classes, or too few converged.
+        As of `p_values`, of what is left of each norm; 1 on the diagonal. All NaN with
+        fewer than five classes, or too few converged.
     targets : ndarray of shape (n_classes,) in 0...1
         Of a column's median as small.
-
-    References
-    ----------
-    Tukey: Exploratory data analysis. 1977 (median polish).
     """
     norms = np.array(norms, dtype=np.float64)
     n_classes = len(norms)
@@ -227,9 +223,7 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
         usual = max(np.median(known), 1e-12) if len(known) else 1.0
         seen = np.where(np.isfinite(margins), margins, usual)
         left -= power * np.log(np.maximum(seen, _MIN_MARGIN * usual))
-    for _ in range(_N_POLISHES):
-        left -= np.nanmedian(left, axis=1, keepdims=True)
-        left -= np.nanmedian(left, axis=0, keepdims=True)
+    left -= _SOURCE_SHARE * np.nanmedian(left, axis=1, keepdims=True)
     pairs = np.ones_like(norms)
     pairs[off] = p_values(
         np.exp(left[off]), converged[off], prior_sd=pair_sd, prior_df=PAIR_DF

@@ -256,13 +256,14 @@ class FastReverseEngineer(BaseReverseEngineer):
     def _only_source(self, target):
         """Return the one source class that a flagged target's trigger is for, or None.
 
-        Of pairs that is where the pair stands out, and not the target as such.
+        Of pairs that is where it is far smaller than most of the target's others.
         """
         if self.sources != "pairs":
             return None
-        pairs, targets = self._judge_pairs()
-        is_for_all = targets[target] < pairs[:, target].min()
-        return None if is_for_all else int(self.source_weights_[target].argmax())
+        source = int(self.source_weights_[target].argmax())
+        norms = np.delete(self.pair_norms_[:, target], target)
+        is_alone = self.pair_norms_[source, target] < MUCH_SMALLER * np.median(norms)
+        return source if is_alone else None
 
     def _narrow(self, run, results, wide, price):
         """Take a trigger for one source class where it is far smaller than for all.
