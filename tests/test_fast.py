@@ -679,7 +679,7 @@ def auto(case):
 
 def test_the_automatic_search_reports_every_search_and_class(auto):
     table = auto.report_
-    assert len(table) == 4 * 6
+    assert len(table) == 5 * 6
     assert list(auto.engineers_) == table["method"].unique().tolist()
     for name, engineer in auto.engineers_.items():
         part = table[table["method"] == name]

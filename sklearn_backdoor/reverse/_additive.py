@@ -8,6 +8,9 @@ from sklearn_backdoor.reverse._anomaly import (
     ADDITIVE_PAIR_SD,
     ADDITIVE_POWER,
     ADDITIVE_SD,
+    FINE_COLUMN_SD,
+    FINE_PAIR_SD,
+    FINE_POWER,
     NULLS,
     rank_by_p,
 )
@@ -41,7 +44,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         highest that the image has (Nyquist's). What makes one class look like another
         lies in low frequencies, a chessboard in high ones, noise in both: 0.75 makes
         the first harder and leaves the chessboard as easy as it is. The null for it was
-        set with ``sources="all"``.
+        set with ``sources="all"`` and ``"pairs"``.
     success_rate : float in 0...1, default=None
         Fraction of moved images that must be classified to the candidate; None for
         0.95, and for 0.7 with a ``min_frequency``.
@@ -94,12 +97,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     """
 
     _kind = AdditiveSearch
-    _pair_null = {
-        "pair_sd": ADDITIVE_PAIR_SD,
-        "column_sd": ADDITIVE_COLUMN_SD,
-        "power": ADDITIVE_POWER,
-    }
-
     def __init__(
         self,
         victim,
@@ -145,6 +142,13 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         if self.sources != "all":
             return ADDITIVE_FEW_SD
         return ADDITIVE_FINE_SD if self.min_frequency > 0 else ADDITIVE_SD
+
+    @property
+    def _pair_null(self):
+        names = ("pair_sd", "column_sd", "power")
+        fine = FINE_PAIR_SD, FINE_COLUMN_SD, FINE_POWER
+        usual = ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER
+        return dict(zip(names, fine if self.min_frequency > 0 else usual, strict=True))
 
     @property
     def _rate(self):

@@ -14,18 +14,19 @@ _TIE = 1e-9
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # Usual standard deviation of log-norms within a clean victim, for all sources and for a
 # few, and how many classes' worth of evidence that is. Those that the automatic search
-# uses are the smallest in steps of 0.05 by which a search, by itself, flags none of 27
-# clean victims kept for that alone at a quarter of 0.05 (`python -m benchmarks scan
-# --part calibration`), or one of them, for high frequencies; those for a few are from
-# older victims.
+# uses are the smallest in steps of 0.05 by which a search, by itself, flags none of 90
+# clean victims kept for that alone at a fifth of 0.05 (`python -m benchmarks scan
+# --part calibration`); those for a few are from older victims.
 PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
-ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.2
+ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.25
 PRIOR_DF = 16.0
 # The same for pairs of classes: of what is left of a pair's log-norm without the parts
-# of its source, its target and the network's margin, and of targets by the median over
-# their sources. For patches as above, each at half of that; for additions from 14 older
-# clean victims alone. The powers of the margin: regressed on 11 other clean victims.
-PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.35, 0.3, 0.7
+# of its source and the network's margin, by which one of the 90 may be flagged, and of
+# targets by the median over their sources, each at half of that. Attacks are found best
+# by these powers of the margin, of a few; for additions of all frequencies they are
+# from FILL clean victims alone.
+PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.35, 0.3, 0.5
+FINE_PAIR_SD, FINE_COLUMN_SD, FINE_POWER = 0.2, 0.2, 0.3
 ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER = 0.3, 0.19, 0.45
 PAIR_DF = 144.0
 NULLS = ("log-normal", "gamma")
@@ -113,7 +114,7 @@ def p_values(
     null : {"log-normal", "gamma"}, default="log-normal"
         Distribution of the norms of classes that are no targets. "gamma" is the
         published one, of 1 / norm.
-    prior_sd : float, default=0.5
+    prior_sd : float, default=0.4
         Usual standard deviation of log-norms within a clean victim, for "log-normal".
     prior_df : float, default=16
         How many norms' worth of evidence that is.
@@ -202,10 +203,12 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
     Returns
     -------
     pairs : ndarray of shape (n_classes, n_classes) in 0...1
-        As of `p_values`, of what is left of each norm; 1 on the diagonal. All NaN with
-        fewer than five classes, or too few converged.
+        Of a norm as small as the smallest of all pairs, by what is left of it, its
+        median and its MAD, moderated as in `p_values`; 1 on the diagonal and where the
+        search did not converge. All NaN with fewer than five classes, or too few
+        converged.
     targets : ndarray of shape (n_classes,) in 0...1
-        Of a column's median as small.
+        As of `p_values`, of a column's median.
     """
     norms = np.array(norms, dtype=np.float64)
     n_classes = len(norms)
@@ -224,10 +227,14 @@ def pair_p_values(norms, converged, *, pair_sd, column_sd, margins=None, power=0
         seen = np.where(np.isfinite(margins), margins, usual)
         left -= power * np.log(np.maximum(seen, _MIN_MARGIN * usual))
     left -= _SOURCE_SHARE * np.nanmedian(left, axis=1, keepdims=True)
-    pairs = np.ones_like(norms)
-    pairs[off] = p_values(
-        np.exp(left[off]), converged[off], prior_sd=pair_sd, prior_df=PAIR_DF
-    )
+    left -= np.nanmedian(left)
+    n_pairs = n_classes * (n_classes - 1)
+    spread = _TO_NORMAL * np.nanmedian(np.abs(left))  # an attack does not move it much
+    df = PAIR_DF + n_pairs
+    moderated = (PAIR_DF * pair_sd**2 + n_pairs * spread**2) / df
+    one = stats.t.cdf(left / np.sqrt(moderated), df)
+    pairs = -np.expm1(n_pairs * np.log1p(-np.minimum(one, 1 - 1e-16)))
+    pairs[~converged] = 1
     targets = p_values(
         np.exp(np.nanmedian(logs, axis=0)),
         converged.sum(axis=0) > (n_classes - 1) / 2,
