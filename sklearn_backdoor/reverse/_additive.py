@@ -8,9 +8,6 @@ from sklearn_backdoor.reverse._anomaly import (
     ADDITIVE_PAIR_SD,
     ADDITIVE_POWER,
     ADDITIVE_SD,
-    FINE_COLUMN_SD,
-    FINE_PAIR_SD,
-    FINE_POWER,
     NULLS,
     rank_by_p,
 )
@@ -97,6 +94,12 @@ class AdditiveReverseEngineer(FastReverseEngineer):
     """
 
     _kind = AdditiveSearch
+    _pair_null = {
+        "pair_sd": ADDITIVE_PAIR_SD,
+        "column_sd": ADDITIVE_COLUMN_SD,
+        "power": ADDITIVE_POWER,
+    }
+
     def __init__(
         self,
         victim,
@@ -142,13 +145,6 @@ class AdditiveReverseEngineer(FastReverseEngineer):
         if self.sources != "all":
             return ADDITIVE_FEW_SD
         return ADDITIVE_FINE_SD if self.min_frequency > 0 else ADDITIVE_SD
-
-    @property
-    def _pair_null(self):
-        names = ("pair_sd", "column_sd", "power")
-        fine = FINE_PAIR_SD, FINE_COLUMN_SD, FINE_POWER
-        usual = ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER
-        return dict(zip(names, fine if self.min_frequency > 0 else usual, strict=True))
 
     @property
     def _rate(self):

@@ -43,7 +43,7 @@ class FastReverseEngineer(BaseReverseEngineer):
     pair_converged_: Any
     pair_margins_: Any
     _kind: type
-    _pair_null: Any = {
+    _pair_null = {
         "pair_sd": PATCH_PAIR_SD,
         "column_sd": PATCH_COLUMN_SD,
         "power": PATCH_POWER,
