@@ -288,9 +288,11 @@ def _shared(records):
             estimated = r["asr_estimated"]
             shown = "-" if estimated is None else f"{estimated:.3f}"
             asr = f"{r['asr']:.3f}, {shown}"
-        passes = r["image_passes"]
+        passes, method = r["image_passes"], r["method"]
+        if "methods" in r["config"]:
+            method += f", {len(r['config']['methods'])} searches"
         lines.append(
-            f"| {r['config']['victim']} | {r['method']} | {r['config']['verdict']} "
+            f"| {r['config']['victim']} | {method} | {r['config']['verdict']} "
             f"{r['flagged'] or ''} | {asr} | {passes['forward']:,} | "
             f"{passes['backward']:,} | {r['seconds']:.0f}, {r['machine']['threads']} |"
         )
