@@ -73,11 +73,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
     -----
     - Of a flagged class the trigger is kept that has the smallest p-value, among those
       for all source classes if one of these was flagged: a trigger for a few sources
-      would leave the others undefended. In pairs, triggers are for all unless one source
-      needs less than 0.4 of the median of the target's others. Where one source class
-      alone needs a far smaller trigger, see ``single_sources_``, that trigger goes
-      before, if it is smaller by as much than every flagged one of its kind for all;
-      one found in pairs only where no trigger for all source classes was flagged.
+      would leave the others undefended. In pairs, triggers are for all unless one
+      source needs less than 0.4 of the median of the target's others. Where one source
+      class alone needs a far smaller trigger, see ``single_sources_``, that trigger
+      goes before, if it is smaller by as much than every flagged one of its kind for
+      all; one found in pairs only where no trigger for all source classes was flagged.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -283,7 +283,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
 def _is_for_all(engineer):
     """Tell for each class whether its trigger is meant for all source classes.
 
-    Of pairs it is where no source was taken to be the only one.
+    Of pairs it is where it was refined for all.
     """
     sources = getattr(engineer, "sources", "all")
     if sources != "pairs":
