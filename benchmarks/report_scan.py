@@ -47,7 +47,10 @@ def report_scan(results):
     str
     """
     parts = [
-        _population([_judged(r) for r in _load(results, "population")]),
+        _population(
+            [_judged(r) for r in _load(results, "population")],
+            _load(results, "calibration"),
+        ),
         _weak([_judged(r) for r in _load(results, "weak")]),
         _cost(_load(results, "cost")),
         _classes(_load(results, "classes")),
@@ -91,7 +94,7 @@ def _judged(record):
     }
 
 
-def _population(records):
+def _population(records, calibration):
     """Return detection and false alarms by method, then by kind of attack."""
     if not records:
         return ""
@@ -157,8 +160,9 @@ def _population(records):
     lines.append(f"| clean: false alarms | {' | '.join(cells)} |")
     n_all = len(population(1))
     part = f", drawn from {n_all}" if len(records) < n_all else ""
-    seconds = np.median([r["seconds"] for r in records])
     passes = np.median([_total(r) for r in records])
+    timed = [r["seconds"] for r in [*records, *calibration] if r["seconds"]]
+    seconds = f", {np.median(timed):.0f} s (n = {len(timed)})" if timed else ""
     lines += [
         "",
         f"{len(records)} small victims{part}, {len(strong)} of them with an ASR of "
@@ -168,7 +172,7 @@ def _population(records):
         "the verdicts of the lines' commits. Searches, nulls and this rule were chosen "
         "by victims of other seeds. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
-        f"backward), {seconds:.0f} s on one of two cores, both busy.",
+        f"backward){seconds} on one of two cores, both busy.",
     ]
     return "\n".join(lines)
 

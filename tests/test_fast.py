@@ -169,7 +169,7 @@ def test_pairs_are_left_out_where_there_are_too_many(monkeypatch):
     assert list(some.engineers_) == [name for name in names if name != learnt]
     monkeypatch.setattr(_auto, "_N_PAIRED", 5)
     few = AutoReverseEngineer(victim).fit(X, y)
-    assert list(few.engineers_) == [name for name in names if "pairs" not in name]
+    assert list(few.engineers_) == [name for name in names if name != "patch, pairs"]
     smallest = few.report_.groupby("class")["p_value"].min()
     np.testing.assert_allclose(few.p_values_, np.minimum(1, 4 * smallest))
 
@@ -679,13 +679,13 @@ def auto(case):
 
 def test_the_automatic_search_reports_every_search_and_class(auto):
     table = auto.report_
-    assert len(table) == 5 * 6
+    assert len(table) == 4 * 6
     assert list(auto.engineers_) == table["method"].unique().tolist()
     for name, engineer in auto.engineers_.items():
         part = table[table["method"] == name]
         np.testing.assert_array_equal(part["norm"], engineer.norms_)
         np.testing.assert_allclose(
-            part["p_corrected"], np.minimum(1, 5 * engineer.p_values_)
+            part["p_corrected"], np.minimum(1, 4 * engineer.p_values_)
         )
     forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
     assert auto.n_image_passes_.forward == forward
@@ -705,7 +705,7 @@ def auto_of_both(case):
     network, X, y = case
     victim = VictimNetwork(network)
     engineers = dict(default_engineers(victim))
-    engineers = dict(list(engineers.items())[:4])
+    del engineers["additive, high frequencies"]
     return AutoReverseEngineer(victim, engineers=list(engineers.items())).fit(X, y)
 
 

@@ -59,7 +59,7 @@ print(f"ACC {acc:.3f}, ASR {asr:.3f}")
 # %%
 # The defender's part
 # -------------------
-# ``fit`` searches a trigger for every class, by five searches, and asks whether one is
+# ``fit`` searches a trigger for every class, by four searches, and asks whether one is
 # abnormally small. For a class that is flagged it learns what triggered images of the
 # other classes look like in the network's features. The attacker's trigger is not used.
 guard = BackdoorGuard(victim).fit(X_defense, y_defense)

@@ -16,8 +16,6 @@ from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
 
 _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
-_FINE = "additive, high frequencies"
-_FINE_PAIRS = f"{_FINE}, pairs"
 _N_PAIRED = 16  # with more classes there are too many pairs
 
 
@@ -33,11 +31,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
     victim : VictimNetwork
         Cloned; the weights are shared and not altered.
     engineers : list of (str, reverse engineer), default=None
-        Searches to run; cloned. None takes five: "patch" and "patch, pairs" by
-        `NCReverseEngineer`, "additive", "additive, high frequencies" and "additive,
-        high frequencies, pairs" by `AdditiveReverseEngineer`, all at their fast
-        schedule. With more than 16 classes "patch, learnt sources" stands for the
-        pairs, which take 16 images times 60 steps each.
+        Searches to run; cloned. None takes four: "patch" and "patch, pairs" by
+        `NCReverseEngineer`, "additive" and "additive, high frequencies" by
+        `AdditiveReverseEngineer`, all at their fast schedule. With more than 16 classes
+        "patch, learnt sources" stands for the pairs, which take 16 images times 60
+        steps each.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -130,9 +128,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
         passes = ImagePasses(0, 0)
         n_classes = len(prepared[_key(first)].victim.classes_)
         if self.engineers is None:
-            too_many = n_classes > _N_PAIRED
-            for name in (_PAIRS, _FINE_PAIRS) if too_many else (_LEARNT,):
-                del engineers[name]
+            del engineers[_PAIRS if n_classes > _N_PAIRED else _LEARNT]
         for engineer in engineers.values():
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
@@ -317,19 +313,16 @@ def default_engineers(victim):
     Returns
     -------
     list of (str, reverse engineer)
-        Unfitted; a place to start from. With up to 16 classes "patch, learnt sources"
-        is not run, with more those in pairs are not.
+        Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources"
+        only the first is run with up to 16 classes, only the second with more.
     """
     return [
         ("patch", NCReverseEngineer(victim)),
         (_LEARNT, NCReverseEngineer(victim, sources="learnt")),
         (_PAIRS, NCReverseEngineer(victim, sources="pairs", batch_size=16)),
         ("additive", AdditiveReverseEngineer(victim, sources="all")),
-        (_FINE, AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75)),
         (
-            _FINE_PAIRS,
-            AdditiveReverseEngineer(
-                victim, sources="pairs", min_frequency=0.75, batch_size=16
-            ),
+            "additive, high frequencies",
+            AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75),
         ),
     ]
