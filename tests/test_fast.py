@@ -750,6 +750,22 @@ def test_one_source_must_need_far_less_than_any_trigger_for_all(
     assert auto.single_sources_ == ({2: 4} if is_alone else {})
 
 
+def test_a_trigger_that_works_less_often_than_another_is_passed_over(auto_of_both):
+    for rate, expected in ((0.8, "patch"), (0.95, "patch, pairs")):
+        auto = copy.deepcopy(auto_of_both)
+        for name, engineer in auto.engineers_.items():
+            engineer.single_sources_ = {}
+            engineer.converged_ = np.ones(6, dtype=bool)
+            engineer.p_values_ = np.ones(6)
+            if name in ("patch", "patch, pairs"):
+                engineer.p_values_[2] = 0.001 if name == "patch" else 0.0001
+                engineer.success_rates_[2] = 0.99 if name == "patch" else rate
+        auto.engineers_["patch, pairs"].source_weights_[2] = EVEN
+        auto._combine()
+        assert auto.methods_[2] == expected
+        assert auto.target_classes_.tolist() == [2]
+
+
 def test_one_search_alone_needs_no_correction(case):
     network, X, y = case
     engineer = NCReverseEngineer(VictimNetwork(network), max_steps=30)

@@ -17,6 +17,7 @@ from sklearn_backdoor.reverse._search import ImagePasses
 
 _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
 _N_PAIRED = 16  # with more classes there are too many pairs
+_MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed over
 
 
 class AutoReverseEngineer(BaseReverseEngineer):
@@ -71,7 +72,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
     -----
     - Of a flagged class the trigger is kept that has the smallest p-value, among those
       for all source classes if one of these was flagged: a trigger for a few sources
-      would leave the others undefended. In pairs, triggers are for all unless one
+      would leave the others undefended; and among those whose success rate is not below
+      another's by more than 0.1. In pairs, triggers are for all unless one
       source needs less than 0.4 of the median of the target's others. Where one source
       class alone needs a far smaller trigger, see ``single_sources_``, that trigger
       goes before, if it is smaller by as much than every flagged one of its kind for
@@ -217,6 +219,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
             narrow = engineers[number].triggers_[target]
             for_one[number, target] = all(_is_far_smaller(narrow, r) for r in rivals)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
+        success = np.array([engineer.success_rates_ for engineer in engineers])
+        best = np.where(preferred, success, 0).max(axis=0)
+        preferred &= success >= best - _MUCH_WEAKER
         converged = np.array([engineer.converged_ for engineer in engineers])
         raw = np.nan_to_num([engineer.p_values_ for engineer in engineers], nan=1.0)
         # in this order: preferred, converged, the smallest p-value
