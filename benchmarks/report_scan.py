@@ -162,7 +162,12 @@ def _population(records, calibration):
     part = f", drawn from {n_all}" if len(records) < n_all else ""
     passes = np.median([_total(r) for r in records])
     timed = [r["seconds"] for r in [*records, *calibration] if r["seconds"]]
-    seconds = f", {np.median(timed):.0f} s (n = {len(timed)})" if timed else ""
+    seconds = ""
+    if timed:
+        seconds = (
+            f", {np.median(timed):.0f} s on one of two cores, both busy (n = "
+            f"{len(timed)}, with the clean ones by which the nulls were set)"
+        )
     lines += [
         "",
         f"{len(records)} small victims{part}, {len(strong)} of them with an ASR of "
@@ -172,7 +177,7 @@ def _population(records, calibration):
         "the verdicts of the lines' commits. Searches, nulls and this rule were chosen "
         "by victims of other seeds. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
-        f"backward){seconds} on one of two cores, both busy.",
+        f"backward){seconds}.",
     ]
     return "\n".join(lines)
 

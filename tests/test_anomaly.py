@@ -115,7 +115,7 @@ PAIRS = list(permutations(range(10), 2))
 def natural_pairs(seed, sd=0.3):
     """Draw norms of which each is its source's times its target's times noise."""
     rng = np.random.RandomState(seed)
-    logs = 3 + 0.3 * rng.normal(size=(10, 1)) + 0.2 * rng.normal(size=(1, 10))
+    logs = 3 + 0.3 * rng.normal(size=(10, 1)) + 0.3 * rng.normal(size=(1, 10))
     return np.exp(logs + sd * rng.normal(size=(10, 10)))
 
 

@@ -132,10 +132,10 @@ class NCReverseEngineer(FastReverseEngineer):
       weight lay on it already. (The 0.4 was set with 12 victims in view: in three
       single-class attacks 0.22 to 0.35 of the norm were enough, in nine multi-class
       ones 0.46 to 1.0, since a class that looks like the target is easily led there.)
-    - Of pairs, a flagged target's smallest trigger is refined for its source alone if
-      its norm is below 0.4 of the median of the target's others, else for all sources.
-      In pairs, masks start faint (opacities of 0 to 0.1), so that the first gradients
+    - Of pairs, masks start faint (opacities of 0 to 0.1), so that the first gradients
       are those of the images themselves.
+    - A flagged target's smallest trigger of pairs is refined for its source alone if
+      its norm is below 0.4 of the median of the target's others, else for all sources.
 
     The exhaustive schedule:
 
