@@ -266,20 +266,40 @@ def _cost(records):
 
 def _classes(records):
     """Return cost against the number of classes."""
-    if not records:
+    table = _by_classes(records)
+    if not len(table):
         return ""
-    records = sorted(records, key=lambda r: r["config"]["n_classes"])
     lines = [
-        "| classes | image passes | a class | seconds | found |",
-        "|---|---|---|---|---|",
+        "| classes | victims | image passes a class | of linear | seconds | target "
+        "flagged, others |",
+        "|---|---|---|---|---|---|",
     ]
-    for r in records:
-        k = r["config"]["n_classes"]
+    usual = table["a_class"].mean().iloc[0]
+    for k, rows in table:
+        a_class = rows["a_class"]
         lines.append(
-            f"| {k} | {_total(r):,} | {_total(r) / k:,.0f} | {r['seconds']:.0f} | "
-            f"{r['flagged']} (truth {r['target_class']}) |"
+            f"| {k} | {len(rows)} | {a_class.mean():,.0f} ({a_class.min():,.0f} to "
+            f"{a_class.max():,.0f}) | {a_class.mean() / usual:.2f} | "
+            f"{rows['seconds'].median():.0f} | {rows['right'].sum()}, "
+            f"{rows['others'].sum()} |"
         )
     return "\n".join(lines)
+
+
+def _by_classes(records):
+    """Return passes, seconds and hits of the synthetic victims, by their classes."""
+    rows = [
+        {
+            "k": r["config"]["n_classes"],
+            "a_class": _total(r) / r["config"]["n_classes"],
+            "seconds": r["seconds"],
+            "right": r["target_class"] in r["flagged"],
+            "others": len(set(r["flagged"]) - {r["target_class"]}),
+        }
+        for r in records
+    ]
+    names = ["k", "a_class", "seconds", "right", "others"]
+    return pd.DataFrame(rows, columns=names).groupby("k")
 
 
 def _shared(records):
@@ -360,15 +380,15 @@ def draw_scan_results(results):
     matplotlib.figure.Figure or None
         None where there are no results.
     """
-    classes = sorted(_load(results, "classes"), key=lambda r: r["config"]["n_classes"])
+    a_class = _by_classes(_load(results, "classes"))["a_class"].mean()
     budget = sorted(_load(results, "budget"), key=lambda r: r["config"]["max_steps"])
-    if not classes or not budget:
+    if not len(a_class) or not budget:
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    k = np.array([r["config"]["n_classes"] for r in classes])
-    passes = np.array([_total(r) for r in classes])
-    left.loglog(k, passes, "o-", label="measured")
+    k = a_class.index.to_numpy()
+    passes = k * a_class.to_numpy()
+    left.loglog(k, passes, "o-", label="measured (mean)")
     left.loglog(k, passes[0] * k / k[0], ":", color="grey", label="linear")
     left.set_xlabel("classes")
     left.set_ylabel("image passes (forward + backward)")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from benchmarks.quality import measure
@@ -11,6 +12,7 @@ from benchmarks.results import append, read
 from benchmarks.scan_lines import by_method, say, scanned, success_rate
 from benchmarks.victims import (
     ATTACKS,
+    NETWORKS,
     calibration,
     make_victim,
     many_classes,
@@ -37,6 +39,7 @@ PARTS = (
 )
 VERSION = 3  # raise it when a change of the code makes old lines obsolete
 _CLASS_COUNTS = (10, 43, 100, 300)
+_N_SYNTHETIC = 5  # victims of each
 _BUDGETS = (5, 8, 12, 20, 30, 45, 60)  # steps a class
 _SHARED = ("cifar10-resnet18-white-box-multi", "cifar10-resnet18-no-backdoor")
 
@@ -161,18 +164,18 @@ def run_population(bench, part="population", recipes=None):
 
 
 def _of_every_kind(recipes):
-    """Choose a victim for each attack and number of sources, and six clean ones."""
+    """Choose a victim for each kind of attack and network, and six clean ones."""
     chosen: dict = {}
     for recipe in recipes:
+        attack, network = recipe["attack"], recipe["network"]
         single = recipe["sources"] not in ("all", None)
-        network = recipe["network"]
-        if recipe["attack"] is None:
+        if attack is None:
             kind = (recipe["dataset"], network)
             wanted = recipe["dataset"] != "digits"
-        else:  # the networks take turns
-            kind = (recipe["attack"], single)
-            turn = (ATTACKS.index(recipe["attack"]) + single) % 2
-            wanted = network == ("lenet5", "small-vgg")[turn]
+        else:  # the data sets take turns
+            kind = (attack, single, network)
+            turn = (ATTACKS.index(attack) + single + NETWORKS.index(network)) % 2
+            wanted = recipe["dataset"] == ("mnist", "fashion-mnist")[turn]
         if wanted:
             chosen.setdefault(kind, recipe)
     return list(chosen.values())
@@ -195,10 +198,10 @@ def run_cost(bench):
 
 def run_classes(bench):
     """Cost against the number of classes, on synthetic victims."""
-    for n_classes in _CLASS_COUNTS:
-        if bench.is_done("classes", n_classes):
+    for seed, n_classes in product(range(_N_SYNTHETIC), _CLASS_COUNTS):
+        if bench.is_done("classes", n_classes, seed):
             continue
-        recipe, network, draw = many_classes(n_classes)
+        recipe, network, draw = many_classes(n_classes, seed)
         defense = draw(12)
         engineer = NCReverseEngineer(VictimNetwork(network))
         unseen = draw(4)
