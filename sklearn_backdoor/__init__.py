@@ -33,6 +33,7 @@ from sklearn_backdoor.reverse import (
     AutoReverseEngineer,
     B3DReverseEngineer,
     NCReverseEngineer,
+    NeuronReverseEngineer,
     TABORReverseEngineer,
 )
 from sklearn_backdoor.triggers import (
@@ -62,6 +63,7 @@ __all__ = [
     "NCActivationDetector",
     "NCPatcher",
     "NCReverseEngineer",
+    "NeuronReverseEngineer",
     "PatchTrigger",
     "SCALEUPDetector",
     "STRIPDetector",

@@ -24,6 +24,7 @@ METHODS = {
     "auto": "AutoReverseEngineer",
     "patch": "NCReverseEngineer",
     "additive": "AdditiveReverseEngineer",
+    "neurons": "NeuronReverseEngineer",
     "tabor": "TABORReverseEngineer",
     "b3d": "B3DReverseEngineer",
 }

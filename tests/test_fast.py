@@ -25,6 +25,7 @@ from sklearn_backdoor import (
     AutoReverseEngineer,
     BackdoorGuard,
     NCReverseEngineer,
+    NeuronReverseEngineer,
     PatchTrigger,
     VictimNetwork,
 )
@@ -393,26 +394,26 @@ def test_a_search_goes_on_unless_a_norm_stands_out_at_once(
     assert (engineer.norms_ < once.norms_).any() == (rounds == 2)
 
 
-def test_many_classes_are_halved_and_compared_with_a_random_reference():
-    n_classes = 40
+def test_many_classes_are_thinned_out_and_compared_with_a_random_reference():
+    n_classes = 60
     rng = np.random.default_rng(0)
     y = np.repeat(np.arange(n_classes), 5)
-    X = rng.uniform(0, 0.05, size=(len(y), 49)).astype(np.float32)
+    X = rng.uniform(0, 0.05, size=(len(y), 64)).astype(np.float32)
     X[np.arange(len(y)), y] = rng.uniform(0.8, 1, size=len(y))
 
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()
-            self.last = nn.Linear(49, n_classes, bias=False)
+            self.last = nn.Linear(64, n_classes, bias=False)
             with torch.no_grad():
                 self.last.weight.zero_()
                 self.last.weight[:, :n_classes] = 10 * torch.eye(n_classes)
-                self.last.weight[17, 48] = 60
+                self.last.weight[17, 63] = 60
 
         def forward(self, images):
             return self.last(images.flatten(1))
 
-    images = X.reshape(-1, 1, 7, 7)
+    images = X.reshape(-1, 1, 8, 8)
     engineer = NCReverseEngineer(VictimNetwork(Wide())).fit(images, y)
     assert engineer.target_class_ == 17
     judged = ~np.isnan(engineer.p_values_)
@@ -420,7 +421,7 @@ def test_many_classes_are_halved_and_compared_with_a_random_reference():
     assert not engineer.converged_[~judged].any()
     assert all("not among" in engineer.reasons_[k] for k in np.flatnonzero(~judged))
     refined = 60 * 32 * len(engineer.target_classes_[:3])
-    expected = (40 + 20) * 20 * 32 + judged.sum() * 60 * 32 + refined
+    expected = (60 + 20) * 20 * 32 + judged.sum() * 60 * 32 + refined
     assert engineer.n_image_passes_.backward == expected
 
 
@@ -453,6 +454,7 @@ def make_engineers(victim, folder=None):
         ),
         AdditiveReverseEngineer(victim, max_steps=12, checkpoint_dir=folder),
         NCReverseEngineer(victim, checkpoint_dir=folder),
+        NeuronReverseEngineer(victim, max_steps=12, checkpoint_dir=folder),
     ]
 
 
@@ -461,7 +463,12 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    "number, after", [*product(range(3), (1, 7, 13, 20)), (3, 12), (3, 30), (3, 44)]
+    "number, after",
+    [
+        *product(range(3), (1, 7, 13, 20)),
+        *[(3, 12), (3, 30), (3, 44)],
+        *[(4, 7), (4, 40), (4, 80), (4, 150)],
+    ],
 )
 def test_a_search_that_was_cut_ends_with_the_same_bits(
     case, tmp_path, monkeypatch, number, after
@@ -688,7 +695,7 @@ def test_the_automatic_search_reports_every_search_and_class(auto):
             part["p_corrected"], np.minimum(1, 4 * engineer.p_values_)
         )
     forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
-    assert auto.n_image_passes_.forward == forward
+    assert auto.n_image_passes_.forward == forward + 1  # to look for hidden layers
 
 
 def test_each_class_is_shown_by_its_most_anomalous_search(auto):
@@ -705,7 +712,7 @@ def auto_of_both(case):
     network, X, y = case
     victim = VictimNetwork(network)
     engineers = dict(default_engineers(victim))
-    del engineers["additive, high frequencies"]
+    del engineers["additive, high frequencies"], engineers["neurons, pairs"]
     return AutoReverseEngineer(victim, engineers=list(engineers.items())).fit(X, y)
 
 
@@ -748,6 +755,24 @@ def test_one_source_must_need_far_less_than_any_trigger_for_all(
     assert auto.methods_[2] == expected
     is_alone = expected == "patch, learnt sources" or weights is ALONE
     assert auto.single_sources_ == ({2: 4} if is_alone else {})
+
+
+@pytest.mark.parametrize("p, expected", [(0.01, "additive"), (0.9, "neurons, pairs")])
+def test_evidence_in_images_goes_before_that_in_neurons(auto, p, expected):
+    auto = copy.deepcopy(auto)
+    for name, engineer in auto.engineers_.items():
+        engineer.p_values_ = np.ones(6)
+        engineer.converged_ = np.ones(6, dtype=bool)
+        engineer.success_rates_ = np.ones(6)
+        engineer.single_sources_ = {}
+        if name == "additive":
+            engineer.p_values_[1] = p
+        if name == "neurons, pairs":
+            engineer.p_values_[1] = 1e-6
+            engineer.source_weights_[1] = 0.2
+    auto._combine()
+    assert auto.target_classes_.tolist() == [1]
+    assert auto.methods_[1] == expected
 
 
 def test_a_trigger_that_works_less_often_than_another_is_passed_over(auto_of_both):

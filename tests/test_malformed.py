@@ -35,6 +35,7 @@ IMAGE_ESTIMATORS = [
     sb.BackdoorGuard(VICTIM, TRIGGER, target_class=2),
     sb.NCReverseEngineer(VICTIM),
     sb.AdditiveReverseEngineer(VICTIM),
+    sb.NeuronReverseEngineer(VICTIM),
     sb.TABORReverseEngineer(VICTIM),
     sb.B3DReverseEngineer(VICTIM),
     sb.AutoReverseEngineer(VICTIM),
@@ -258,6 +259,7 @@ def fitted():
                 estimator,
                 sb.AutoReverseEngineer
                 | sb.AdditiveReverseEngineer
+                | sb.NeuronReverseEngineer
                 | sb.TABORReverseEngineer
                 | sb.B3DReverseEngineer
                 | sb.IBDPSCDetector,
@@ -329,6 +331,13 @@ PARAMETERS = {
         "max_steps": NO_COUNTS,
         "alpha": [*NO_RATES, None],
         "null": [*NO_CHOICES, None],
+    },
+    "NeuronReverseEngineer": {
+        "sources": [*NO_CHOICES, "learnt", None],
+        "success_rate": NO_RATES,
+        "max_steps": [*NO_COUNTS, None],
+        "batch_size": [*NO_COUNTS, None],
+        "alpha": [*NO_RATES, None],
     },
     "TABORReverseEngineer": {
         "weights": [

@@ -125,10 +125,10 @@ def search_options(command):
         command,
         click.option(
             "--method",
-            type=click.Choice(["auto", "patch", "additive", "tabor", "b3d"]),
+            type=click.Choice(["auto", "patch", "additive", "neurons", "tabor", "b3d"]),
             default="auto",
             show_default=True,
-            help="auto runs searches for patches and for additive perturbations.",
+            help="auto searches patches, additive perturbations and neurons.",
         ),
         click.option(
             "--jobs",

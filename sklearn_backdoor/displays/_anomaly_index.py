@@ -17,6 +17,7 @@ from sklearn_backdoor.displays._style import (
     open_axes,
 )
 from sklearn_backdoor.reverse._rule import figures_of, rule_of
+from sklearn_backdoor.triggers import PatchTrigger
 
 _SMALLEST = 1e-16  # p-value drawn
 _STATISTICS = {
@@ -128,12 +129,15 @@ class AnomalyIndexDisplay:
         if statistic == "median / norm":  # turned over: a taller bar is more suspicious
             figures = 1 / np.maximum(figures, 1e-12)
             threshold = 1 / threshold
-        kinds = {type(search.triggers_[place]) for place in places}
+        methods = getattr(search, "methods_", None) or [""] * len(labels)
+        alike = len({methods[place] for place in places}) == 1 or all(
+            isinstance(search.triggers_[place], PatchTrigger) for place in places
+        )
         display = cls(
             classes=search.classes_[places],
             figures=figures[places],
-            # L1 of patches beside L2 of perturbations would be compared
-            norms=search.norms_[places] if len(kinds) == 1 else None,
+            # L1 of patches beside L2 of other things would be compared
+            norms=search.norms_[places] if alike else None,
             converged=search.converged_[places],
             target_classes=search.target_classes_,
             statistic=statistic,

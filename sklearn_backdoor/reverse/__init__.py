@@ -4,6 +4,7 @@ from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._auto import AutoReverseEngineer, default_engineers
 from sklearn_backdoor.reverse._b3d import B3DReverseEngineer
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+from sklearn_backdoor.reverse._neurons import NeuronReverseEngineer
 from sklearn_backdoor.reverse._record import SearchRecord
 from sklearn_backdoor.reverse._tabor import TABORReverseEngineer
 
@@ -12,6 +13,7 @@ __all__ = [
     "AutoReverseEngineer",
     "B3DReverseEngineer",
     "NCReverseEngineer",
+    "NeuronReverseEngineer",
     "SearchRecord",
     "TABORReverseEngineer",
     "default_engineers",

@@ -16,7 +16,7 @@ from sklearn_backdoor.reverse._forms import AdditiveSearch
 
 # a weak attack reaches it too, at a larger amplitude; norms of classes that are no
 # targets grow faster with the rate
-_DETECTION_RATE = 0.95
+DETECTION_RATE = 0.95
 _FINE_RATE = 0.7  # high frequencies alone lead many images nowhere
 
 
@@ -148,7 +148,7 @@ class AdditiveReverseEngineer(FastReverseEngineer):
 
     @property
     def _rate(self):
-        return _FINE_RATE if self.min_frequency > 0 else _DETECTION_RATE
+        return _FINE_RATE if self.min_frequency > 0 else DETECTION_RATE
 
     def _open_search(self, problem, tasks, generators, stage, **options):
         if stage != "refine":  # from there, whatever the images take

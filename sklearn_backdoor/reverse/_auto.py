@@ -12,10 +12,12 @@ from sklearn_backdoor.reverse._anomaly import rank_by_p
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._fast import ALONE, MUCH_SMALLER
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+from sklearn_backdoor.reverse._neurons import NeuronReverseEngineer, hidden_layers
 from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
 
 _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
+_NEURONS, _FINE = "neurons, pairs", "additive, high frequencies"
 _N_PAIRED = 16  # with more classes there are too many pairs
 _MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed over
 
@@ -23,9 +25,9 @@ _MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed 
 class AutoReverseEngineer(BaseReverseEngineer):
     """Find target classes and triggers without knowing the trigger's type.
 
-    Runs searches for patches, for all source classes and for few, and for additive
-    perturbations, with all frequencies and with high ones, and compares their p-values,
-    corrected for the number of searches.
+    Runs searches for patches, for all source classes and for pairs, for additive
+    perturbations, and for shifts of the network's channels, and compares their
+    p-values, corrected for the number of searches.
 
     Parameters
     ----------
@@ -33,10 +35,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
         Cloned; the weights are shared and not altered.
     engineers : list of (str, reverse engineer), default=None
         Searches to run; cloned. None takes four: "patch" and "patch, pairs" by
-        `NCReverseEngineer`, "additive" and "additive, high frequencies" by
-        `AdditiveReverseEngineer`, all at their fast schedule. With more than 16 classes
-        "patch, learnt sources" stands for the pairs, which take 16 images times 60
-        steps each.
+        `NCReverseEngineer`, "additive" by `AdditiveReverseEngineer`, and "neurons,
+        pairs" by `NeuronReverseEngineer`, all at their fast schedule. With more than 16
+        classes there are too many pairs, and "patch, learnt sources" and "additive,
+        high frequencies" stand for them; the latter also where the network has no
+        hidden layer.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -78,6 +81,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
       class alone needs a far smaller trigger, see ``single_sources_``, that trigger
       goes before, if it is smaller by as much than every flagged one of its kind for
       all; one found in pairs only where no trigger for all source classes was flagged.
+      Where a search of images flags a class too, its trigger goes before that of a
+      search of neurons, whose evidence is no image.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -128,9 +133,13 @@ class AutoReverseEngineer(BaseReverseEngineer):
         first = next(iter(engineers.values()))
         prepared = {_key(first): first._prepare(X, y)}
         passes = ImagePasses(0, 0)
-        n_classes = len(prepared[_key(first)].victim.classes_)
         if self.engineers is None:
-            del engineers[_PAIRS if n_classes > _N_PAIRED else _LEARNT]
+            ready = prepared[_key(first)]
+            many = len(ready.victim.classes_) > _N_PAIRED
+            of_pairs = not many and len(hidden_layers(ready.victim, ready.X[:1])) > 0
+            passes += ImagePasses(0 if many else 1, 0)
+            del engineers[_PAIRS if many else _LEARNT]
+            del engineers[_FINE if of_pairs else _NEURONS]
         for engineer in engineers.values():
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
@@ -219,6 +228,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
             narrow = engineers[number].triggers_[target]
             for_one[number, target] = all(_is_far_smaller(narrow, r) for r in rivals)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
+        of_images = np.array([type(e) is not NeuronReverseEngineer for e in engineers])
+        seen = preferred & of_images[:, None]
+        preferred = np.where(seen.any(axis=0), seen, preferred)
         success = np.array([engineer.success_rates_ for engineer in engineers])
         best = np.where(preferred, success, 0).max(axis=0)
         preferred &= success >= best - _MUCH_WEAKER
@@ -318,16 +330,15 @@ def default_engineers(victim):
     Returns
     -------
     list of (str, reverse engineer)
-        Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources"
-        only the first is run with up to 16 classes, only the second with more.
+        Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources",
+        and of "neurons, pairs" and "additive, high frequencies", only the first is run
+        with up to 16 classes, only the second with more.
     """
     return [
         ("patch", NCReverseEngineer(victim)),
         (_LEARNT, NCReverseEngineer(victim, sources="learnt")),
         (_PAIRS, NCReverseEngineer(victim, sources="pairs", batch_size=16)),
         ("additive", AdditiveReverseEngineer(victim, sources="all")),
-        (
-            "additive, high frequencies",
-            AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75),
-        ),
+        (_FINE, AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75)),
+        (_NEURONS, NeuronReverseEngineer(victim)),
     ]

@@ -24,6 +24,7 @@ _STEPS, _SCREEN_STEPS = 60, 20
 _RATE = 0.75  # below the ASR of weak attacks
 _OVERWHELMING = 0.001  # p-value at which a search need not go further
 _N_CONTENDERS = _N_REFERENCE = 16
+_FACTOR = 3  # the best third is screened further
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
 MUCH_SMALLER = 0.4  # of the norm that all sources need
@@ -33,7 +34,8 @@ ALONE = 0.9  # of the learnt weights: the search was for one source already
 class FastReverseEngineer(BaseReverseEngineer):
     """Search all classes at the same small budget, refine only those flagged.
 
-    With more classes than 32, a screening chooses 16 contenders by successive halving;
+    With more classes than 32, a screening chooses 16 contenders by successive halving
+    (of each round the best third goes on, as in scikit-learn's HalvingGridSearchCV);
     they are compared with a random sample of 16 classes, at the same budget.
 
     A subclass names its kind of `StackedSearch` in ``_kind``.
@@ -141,10 +143,10 @@ class FastReverseEngineer(BaseReverseEngineer):
         ]
 
     def _halve(self, run, results):
-        """Search the better half further until few are left; return their numbers."""
+        """Search the best third further until few are left; return their numbers."""
         found, level = dict(enumerate(results)), 2
         while True:
-            n_kept = max(_N_CONTENDERS, len(found) // 2)
+            n_kept = max(_N_CONTENDERS, len(found) // _FACTOR)
             kept = sorted(sorted(found, key=lambda number: found[number].norm)[:n_kept])
             if n_kept == _N_CONTENDERS:
                 return kept
@@ -222,10 +224,8 @@ class FastReverseEngineer(BaseReverseEngineer):
             return
         unflagged = ~np.isin(self.classes_, self.target_classes_)
         others = np.flatnonzero(self.converged_ & unflagged)
-        rate, norm = (
-            np.median(self.success_rates_[others]),
-            max(np.median(self.norms_[others]), 1e-12),
-        )
+        rate = np.median(self.success_rates_[others])
+        norm = max(np.median(self._trigger_norms(others)), 1e-12)
         tasks = [Task(number, self._only_source(number)) for number in flagged]
         refined = run(
             self._grouped(tasks),
@@ -252,6 +252,10 @@ class FastReverseEngineer(BaseReverseEngineer):
             }
             self._narrow(run, results, wide, float(rate / norm))
         self.trigger_ = self.triggers_[flagged[0]]
+
+    def _trigger_norms(self, numbers):
+        """Return the norms of some classes' triggers."""
+        return self.norms_[numbers]
 
     def _only_source(self, target):
         """Return the one source class that a flagged target's trigger is for, or None.
