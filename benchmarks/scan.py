@@ -170,7 +170,7 @@ def _of_every_kind(recipes):
         attack, network = recipe["attack"], recipe["network"]
         single = recipe["sources"] not in ("all", None)
         if attack is None:
-            kind = (recipe["dataset"], network)
+            kind = (recipe["dataset"], False, network)
             wanted = recipe["dataset"] != "digits"
         else:  # the data sets take turns
             kind = (attack, single, network)
