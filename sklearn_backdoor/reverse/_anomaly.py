@@ -16,6 +16,7 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # few, and how many classes' worth of evidence that is. Those for all are the smallest
 # in steps of 0.05 by which a search, by itself, flags none of 90 clean victims at 0.01
 # (`python -m benchmarks scan --part calibration`); those for a few are from older ones.
+NEURON_SD = 0.4
 PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.25
 PRIOR_DF = 16.0
@@ -26,7 +27,7 @@ PRIOR_DF = 16.0
 # ("beside" in the lines); in all, their null flags none of 11 clean victims.
 PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.4, 0.3, 0.5
 ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER = 0.25, 0.2, 0.3
-NEURON_SD, NEURON_PAIR_SD, NEURON_COLUMN_SD, NEURON_POWER = 0.3, 0.25, 0.25, 0.5
+NEURON_PAIR_SD, NEURON_COLUMN_SD, NEURON_POWER = 0.4, 0.25, 0.5
 PAIR_DF = 144.0
 NULLS = ("log-normal", "gamma")
 
