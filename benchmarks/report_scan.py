@@ -319,7 +319,8 @@ def _shared(records):
             asr = f"{r['asr']:.3f}, {shown}"
         passes, method = r["image_passes"], r["method"]
         if "methods" in r["config"]:
-            method += f", {len(r['config']['methods'])} searches"
+            names = list(r["config"]["methods"])
+            method += f", {len(names)} searches, the last: {names[-1]}"
         lines.append(
             f"| {r['config']['victim']} | {method} | {r['config']['verdict']} "
             f"{r['flagged'] or ''} | {asr} | {passes['forward']:,} | "

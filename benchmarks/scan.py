@@ -39,7 +39,7 @@ PARTS = (
 )
 VERSION = 3  # raise it when a change of the code makes old lines obsolete
 _CLASS_COUNTS = (10, 43, 100, 300)
-_N_SYNTHETIC = 5  # victims of each
+_N_SYNTHETIC = 3  # victims of each
 _BUDGETS = (5, 8, 12, 20, 30, 45, 60)  # steps a class
 _SHARED = ("cifar10-resnet18-white-box-multi", "cifar10-resnet18-no-backdoor")
 
