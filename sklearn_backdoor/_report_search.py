@@ -29,6 +29,11 @@ class ClassRow(NamedTuple):
         """Tell whether the trigger replaces pixels, so that norms count pixels."""
         return hasattr(self.trigger, "mask")
 
+    @property
+    def is_shift(self):
+        """Tell, by the search's name, whether norms are of shifts in the network."""
+        return "neuron" in self.method.lower()
+
 
 class Doubt(NamedTuple):
     """A search in which too few classes converged, and the commonest reason."""

@@ -21,6 +21,7 @@ from sklearn_backdoor import (
     BackdoorGuard,
     BackdoorTriggerClassifier,
     NCReverseEngineer,
+    NeuronReverseEngineer,
     PatchTrigger,
     VictimNetwork,
     report,
@@ -257,6 +258,21 @@ def test_all_searches_of_the_automatic_one_are_tabulated(images):
     wanted = [expected_row(found, k, found.methods_[k]) for k in range(6)]
     assert sorted(rows) == sorted(wanted)
     assert "corrected for 2 searches" in page.text
+
+
+def test_what_neurons_show_is_not_called_the_size_of_a_pattern(images):
+    victim = victim_of()
+    engineer = NeuronReverseEngineer(victim).fit(*images)
+    record = replace(
+        SearchRecord.from_engineer(engineer),
+        target_classes_=engineer.classes_[2:3],
+        verdict_="backdoored",
+    )
+    guard = BackdoorGuard(victim, record).fit(*images)
+    page = page_of(guard, images)
+    text = " ".join(page.text.split())
+    assert f"A pattern of size {number(record.trigger_.l2_norm)} (L2 norm" in text
+    assert f"a shift of its channels by {number(record.norms_[2])} (L2" in text
 
 
 def test_nothing_found_is_not_called_clean_and_no_section_vanishes(
