@@ -129,10 +129,10 @@ class AnomalyIndexDisplay:
         if statistic == "median / norm":  # turned over: a taller bar is more suspicious
             figures = 1 / np.maximum(figures, 1e-12)
             threshold = 1 / threshold
+        kinds = {type(search.triggers_[place]) for place in places}
         methods = getattr(search, "methods_", None) or [""] * len(labels)
-        alike = len({methods[place] for place in places}) == 1 or all(
-            isinstance(search.triggers_[place], PatchTrigger) for place in places
-        )
+        of_one = len({methods[place] for place in places}) == 1
+        alike = len(kinds) == 1 and (of_one or kinds == {PatchTrigger})
         display = cls(
             classes=search.classes_[places],
             figures=figures[places],
