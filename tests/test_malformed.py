@@ -335,7 +335,7 @@ PARAMETERS = {
     "NeuronReverseEngineer": {
         "sources": [*NO_CHOICES, "learnt", None],
         "success_rate": NO_RATES,
-        "max_steps": [*NO_COUNTS, None],
+        "max_steps": NO_COUNTS,
         "batch_size": [*NO_COUNTS, None],
         "alpha": [*NO_RATES, None],
     },

@@ -206,7 +206,7 @@ def test_a_faint_pattern_from_one_class_is_found_that_images_hide(faint):
         assert engineer.target_classes_.tolist() == expected, name
     engineer = auto.engineers_["neurons"]
     assert engineer.pair_norms_[5, 6] == np.nanmin(engineer.pair_norms_)
-    assert engineer.p_values_[6] < 1e-4
+    assert engineer.p_values_[6] < 1e-3
     assert auto.single_sources_ == {6: 5} and auto.methods_[6] == "neurons"
     fives = data.X_test[data.y_test == 5]
     assert np.mean(victim.predict(auto.trigger_.embed(fives)) == 6) > 0.8
