@@ -15,7 +15,8 @@ _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
 # Usual standard deviation of log-norms within a clean victim, for all sources and for a
 # few, and how many classes' worth of evidence that is. Those for all are the smallest
 # in steps of 0.05 by which a search, by itself, flags none of 90 clean victims at 0.01
-# (`python -m benchmarks scan --part calibration`); those for a few are from older ones.
+# (`python -m benchmarks scan --part calibration`); those for a few are from older ones,
+# and that of neurons for all was not measured.
 NEURON_SD = 0.4
 PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.25

@@ -226,7 +226,8 @@ class NeuronReverseEngineer(FastReverseEngineer):
         Cloned; the weights are shared and not altered.
     sources : {"all", "pairs"}, default="pairs"
         Source classes that a shift is meant for: each pair of classes by itself, which
-        costs as many searches as there are pairs, or all together.
+        costs as many searches as there are pairs, or all together, for which the null
+        is as wide as that of patches, and not measured.
     success_rate : float in 0...1, default=None
         Fraction of images that must be classified to the candidate; None for 0.75.
     max_steps : int, default=60
