@@ -47,10 +47,7 @@ def report_scan(results):
     str
     """
     parts = [
-        _population(
-            [_judged(r) for r in _load(results, "population")],
-            _load(results, "calibration"),
-        ),
+        _population([_judged(r) for r in _load(results, "population")]),
         _weak([_judged(r) for r in _load(results, "weak")]),
         _cost(_load(results, "cost")),
         _classes(_load(results, "classes")),
@@ -94,7 +91,7 @@ def _judged(record):
     }
 
 
-def _population(records, calibration):
+def _population(records):
     """Return detection and false alarms by method, then by kind of attack."""
     if not records:
         return ""
@@ -161,13 +158,8 @@ def _population(records, calibration):
     n_all = len(population(1))
     part = f", drawn from {n_all}" if len(records) < n_all else ""
     passes = np.median([_total(r) for r in records])
-    timed = [r["seconds"] for r in [*records, *calibration] if r["seconds"]]
-    seconds = ""
-    if timed:
-        seconds = (
-            f", {np.median(timed):.0f} s on one of two cores, both busy (n = "
-            f"{len(timed)}, with the clean ones by which the nulls were set)"
-        )
+    timed = [r["seconds"] for r in records if r["seconds"]]
+    seconds = f", {np.median(timed):.0f} s (n = {len(timed)})" if timed else ""
     lines += [
         "",
         f"{len(records)} small victims{part}, {len(strong)} of them with an ASR of "
