@@ -232,6 +232,18 @@ def test_norms_of_masks_and_of_perturbations_are_not_set_side_by_side():
     assert "118" in words(alike.ax_)
 
 
+@pytest.mark.parametrize("last, compare", [("additive", True), ("neurons", False)])
+def test_norms_of_shifts_and_of_perturbations_are_not_either(last, compare):
+    search = record(
+        [8, 9, 9, 9, 1],
+        triggers_=(chessboard((1, 4, 4), 0.1),) * 5,
+        methods_=(*["additive"] * 4, last),
+        flagged=[4],
+    )
+    display = AnomalyIndexDisplay.from_estimator(search, ax=sheet())
+    assert (display.norms is not None) == compare
+
+
 @pytest.mark.parametrize("n_converged", [0, 1])
 def test_too_few_classes_are_said_to_be_too_few(n_converged):
     converged = np.arange(6) < n_converged
