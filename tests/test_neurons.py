@@ -226,7 +226,7 @@ def test_passes_are_counted_and_the_network_is_left_as_it_was(faint):
         handle.remove()
     probe = 4  # VictimNetwork.fit looks for the features with these
     assert sum(counted) == engineer.n_image_passes_.forward + probe
-    assert engineer.n_image_passes_.backward == 90 * 4 * 8 + 10 * 60 * 32
+    assert engineer.n_image_passes_.backward == 90 * 4 * 8 + 10 * 60 * 16
     assert not any(m._forward_hooks for m in network.modules())
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)

@@ -28,7 +28,7 @@ PRIOR_DF = 16.0
 # ("beside" in the lines); in all, their null flags none of 11 clean victims.
 PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.4, 0.3, 0.5
 ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER = 0.25, 0.2, 0.3
-NEURON_PAIR_SD, NEURON_COLUMN_SD, NEURON_POWER = 0.4, 0.25, 0.5
+NEURON_PAIR_SD, NEURON_COLUMN_SD, NEURON_POWER = 0.35, 0.25, 0.5
 PAIR_DF = 144.0
 NULLS = ("log-normal", "gamma")
 

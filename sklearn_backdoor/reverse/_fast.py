@@ -25,6 +25,8 @@ _RATE = 0.75  # below the ASR of weak attacks
 _OVERWHELMING = 0.001  # p-value at which a search need not go further
 _N_CONTENDERS = _N_REFERENCE = 16
 _FACTOR = 3  # the best third is screened further
+_REFINE_BATCH = 32  # images a mini-batch, at least
+_WORTH = 4.0  # of a success while refining, in what it costs the other classes
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
 MUCH_SMALLER = 0.4  # of the norm that all sources need
@@ -74,16 +76,18 @@ class FastReverseEngineer(BaseReverseEngineer):
         return PATCH_SD if self.sources == "all" else PATCH_FEW_SD
 
     def _open_search(self, problem, tasks, generators, stage, **options):
-        steps = self._steps()
+        steps, batch_size = self._steps(), self.batch_size
         if stage.startswith("screen"):
             steps = min(_SCREEN_STEPS, steps)
+        if stage == "refine":
+            batch_size = max(_REFINE_BATCH, batch_size)
         rate = self._rate if self.success_rate is None else self.success_rate
         return self._kind(
             problem,
             tasks,
             generators,
             steps=steps,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             learn_sources=self.sources == "learnt",
             success_rate=rate,
             **options,
@@ -226,12 +230,13 @@ class FastReverseEngineer(BaseReverseEngineer):
         others = np.flatnonzero(self.converged_ & unflagged)
         rate = np.median(self.success_rates_[others])
         norm = max(np.median(self._trigger_norms(others)), 1e-12)
+        price = float(rate / norm / _WORTH)
         tasks = [Task(number, self._only_source(number)) for number in flagged]
         refined = run(
             self._grouped(tasks),
             "refine",
             starts=dict(zip(tasks, [results[n] for n in flagged], strict=True)),
-            price=float(rate / norm),
+            price=price,
         )
         labels = self.classes_.tolist()
         for task, result in zip(tasks, refined, strict=True):
@@ -250,7 +255,7 @@ class FastReverseEngineer(BaseReverseEngineer):
                 number: result if result.converged else results[number]
                 for number, result in zip(flagged, refined, strict=True)
             }
-            self._narrow(run, results, wide, float(rate / norm))
+            self._narrow(run, results, wide, price)
         self.trigger_ = self.triggers_[flagged[0]]
 
     def _trigger_norms(self, numbers):

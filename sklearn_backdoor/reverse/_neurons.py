@@ -31,7 +31,7 @@ from sklearn_backdoor.reverse._stacked import StackedSearch
 
 _SOURCES = ("all", "pairs")
 _BATCH = 64  # images, where the usual spread of channels is taken
-_TRIGGER_STEPS, _TRIGGER_BATCH = 60, 32
+_TRIGGER_STEPS, _TRIGGER_BATCH, _REFINE_BATCH = 60, 16, 32
 
 
 class Layer(NamedTuple):
@@ -232,7 +232,7 @@ class NeuronReverseEngineer(FastReverseEngineer):
         Fraction of images that must be classified to the candidate; None for 0.75.
     max_steps : int, default=60
         Mini-batches a class or pair.
-    batch_size : int, default=16
+    batch_size : int, default=8
         Images a mini-batch.
     alpha : float in 0...1, default=0.05
         Classes with a p-value below are flagged.
@@ -285,7 +285,7 @@ class NeuronReverseEngineer(FastReverseEngineer):
         sources="pairs",
         success_rate=None,
         max_steps=60,
-        batch_size=16,
+        batch_size=8,
         alpha=0.05,
         n_jobs=None,
         random_state=0,
@@ -340,7 +340,7 @@ class NeuronReverseEngineer(FastReverseEngineer):
             tasks,
             generators,
             steps=_TRIGGER_STEPS,
-            batch_size=_TRIGGER_BATCH,
+            batch_size=_REFINE_BATCH if stage == "refine" else _TRIGGER_BATCH,
             success_rate=DETECTION_RATE,
             **options,
         )
