@@ -161,6 +161,26 @@ def test_a_pair_that_could_not_be_refined_for_all_is_not_said_to_be(monkeypatch)
     assert sorted(engineer.source_weights_[2]) == [0, 0, 0, 0, 0, 1]
 
 
+def test_refining_costs_a_quarter_of_what_the_others_took(monkeypatch):
+    X, y = linear_images()
+    engineer = NCReverseEngineer(
+        VictimNetwork(LinearNetwork()), sources="pairs", batch_size=4
+    )
+    choose, seen = PatchSearch._choose, []
+
+    def spy(search):
+        seen.append((search.price, search.batch_size))
+        return choose(search)
+
+    monkeypatch.setattr(PatchSearch, "_choose", spy)
+    engineer.fit(X, y)
+    assert engineer.target_classes_.tolist() == [2]
+    others = [0, 1, 3, 4, 5]
+    rate = np.median(engineer.success_rates_[others])
+    assert seen == [(pytest.approx(rate / np.median(engineer.norms_[others]) / 4), 32)]
+    assert engineer.n_image_passes_.backward == 30 * 60 * 4 + 60 * 32
+
+
 def test_pairs_are_left_out_where_there_are_too_many(monkeypatch):
     X, y = linear_images()
     victim = VictimNetwork(LinearNetwork())
