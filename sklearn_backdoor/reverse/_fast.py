@@ -25,7 +25,7 @@ _RATE = 0.75  # below the ASR of weak attacks
 _OVERWHELMING = 0.001  # p-value at which a search need not go further
 _N_CONTENDERS = _N_REFERENCE = 16
 _FACTOR = 3  # the best third is screened further
-_REFINE_BATCH = 32  # images a mini-batch, at least
+REFINE_BATCH = 32  # images a mini-batch, at least
 _WORTH = 4.0  # of a success while refining, in what it costs the other classes
 _N_REFINED = 3  # more targets than that are flagged, but not refined
 _STANDS_OUT = 0.2  # of the easiest source's success above the other sources' median
@@ -80,7 +80,7 @@ class FastReverseEngineer(BaseReverseEngineer):
         if stage.startswith("screen"):
             steps = min(_SCREEN_STEPS, steps)
         if stage == "refine":
-            batch_size = max(_REFINE_BATCH, batch_size)
+            batch_size = max(REFINE_BATCH, batch_size)
         rate = self._rate if self.success_rate is None else self.success_rate
         return self._kind(
             problem,

@@ -19,7 +19,7 @@ from sklearn_backdoor.reverse._anomaly import (
     NEURON_SD,
     rank_by_p,
 )
-from sklearn_backdoor.reverse._fast import FastReverseEngineer
+from sklearn_backdoor.reverse._fast import REFINE_BATCH, FastReverseEngineer
 from sklearn_backdoor.reverse._forms import AdditiveSearch
 from sklearn_backdoor.reverse._search import (
     ImagePasses,
@@ -31,7 +31,7 @@ from sklearn_backdoor.reverse._stacked import StackedSearch
 
 _SOURCES = ("all", "pairs")
 _BATCH = 64  # images, where the usual spread of channels is taken
-_TRIGGER_STEPS, _TRIGGER_BATCH, _REFINE_BATCH = 60, 16, 32
+_TRIGGER_STEPS, _TRIGGER_BATCH = 60, 16
 
 
 class Layer(NamedTuple):
@@ -340,7 +340,7 @@ class NeuronReverseEngineer(FastReverseEngineer):
             tasks,
             generators,
             steps=_TRIGGER_STEPS,
-            batch_size=_REFINE_BATCH if stage == "refine" else _TRIGGER_BATCH,
+            batch_size=REFINE_BATCH if stage == "refine" else _TRIGGER_BATCH,
             success_rate=DETECTION_RATE,
             **options,
         )
