@@ -250,8 +250,8 @@ def _cost(records):
         f"| same verdict (backdoored or not), each by its own rule | {same}/{n} |",
         f"| same verdict, both by p < 0.05 | {same_p}/{n} |",
         "| ASR of the estimated triggers on unseen images, difference where both found "
-        f"the target | median {gap.median():.3f}, largest {gap.max():.3f}, "
-        f"n = {len(gap)} |",
+        "the target (those of seeds 6 and 8 chose the price of refining) | median "
+        f"{gap.median():.3f}, largest {gap.max():.3f}, n = {len(gap)} |",
     ]
     return "\n".join(lines)
 

@@ -126,9 +126,9 @@ class NCReverseEngineer(FastReverseEngineer):
     - Refining goes on towards a success rate of 0.99, in mini-batches of 32 images or
       more, and keeps the trigger with the largest success minus norm, where a unit of
       norm costs a quarter of what it does in classes that were not flagged. (Of 1, 1/2
-      and 1/4, on a dozen victims, this came closest to the success of the exhaustive
-      schedule's triggers.) Of a weak attack the estimate may succeed more often than
-      the attacker's own trigger.
+      and 1/4, on a dozen victims and their unseen images, this came closest to the
+      success of the exhaustive schedule's triggers.) Of a weak attack the estimate may
+      succeed more often than the attacker's own trigger.
     - With learnt sources, a single-class attack shows: where the trigger succeeds from
       one source far more often than from the others, it is refined for that source
       alone, and kept if that takes less than 0.4 of the norm, or if nine tenths of the
