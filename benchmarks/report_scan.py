@@ -5,18 +5,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.results import read
+from benchmarks.scan_lines import ALPHA, judged
 from benchmarks.victims import NETWORKS, population
 from sklearn_backdoor.metrics import wilson_interval
-from sklearn_backdoor.reverse._anomaly import (
-    anomaly_indices,
-    p_values,
-    p_values_of_pairs,
-    rank_by_p,
-)
-from sklearn_backdoor.reverse._auto import default_engineers
+from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values, rank_by_p
 
 STRONG = 0.9  # attack success rate from which an attack ought to be found
-_ALPHA = 0.05
 _KINDS = [
     (attack, single)
     for attack in ("white-box", "single-pixel", "chessboard", "blended")
@@ -47,8 +41,8 @@ def report_scan(results):
     str
     """
     parts = [
-        _population([_judged(r) for r in _load(results, "population")]),
-        _weak([_judged(r) for r in _load(results, "weak")]),
+        _population([judged(r) for r in _load(results, "population")]),
+        _weak([judged(r) for r in _load(results, "weak")]),
         _cost(_load(results, "cost")),
         _classes(_load(results, "classes")),
         _shared(_load(results, "shared")),
@@ -65,32 +59,6 @@ def _rate(hits, total):
     return f"{hits}/{total} = {hits / total:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _judged(record):
-    """Return a line with the verdict of the present rule on the norms that it holds."""
-    engineers = dict(default_engineers(None))
-    p, methods = [], {}
-    for name, seen in record["config"]["methods"].items():
-        engineer = engineers[name]
-        if engineer.sources == "pairs":
-            engineer.pair_norms_ = np.array(seen["pair_norms"])
-            engineer.pair_converged_ = np.array(seen["pair_converged"])
-            engineer.pair_margins_ = np.array(seen["pair_margins"])
-            p.append(p_values_of_pairs(*engineer._judge_pairs()))
-        else:
-            prior_sd = engineer._prior_sd
-            p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
-        flagged = rank_by_p(p[-1], _ALPHA).tolist()
-        methods[name] = {**seen, "flagged_alone": flagged}
-    smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
-    flagged = rank_by_p(smallest * len(p), _ALPHA).tolist()
-    return {
-        **record,
-        "config": {**record["config"], "methods": methods},
-        "flagged": flagged,
-        "found": flagged[0] if flagged else None,
-    }
-
-
 def _population(records):
     """Return detection and false alarms by method, then by kind of attack."""
     if not records:
@@ -102,19 +70,20 @@ def _population(records):
         f"| false alarms, of {len(clean)} clean |",
         "|---|---|---|---|---|",
     ]
-    names = list(records[0]["config"]["methods"])
+    names = dict.fromkeys(name for r in records for name in r["config"]["methods"])
     for name in (None, *names):
 
         def flags(record, name=name):
             if name is None:
                 return record["flagged"]
-            return record["config"]["methods"][name]["flagged_alone"]
+            seen = record["config"]["methods"].get(name)  # not all have batch-norm
+            return seen["flagged_alone"] if seen else []
 
         detected = [r for r in strong if flags(r)]
         right = sum(flags(r)[0] == r["target_class"] for r in detected)
         alarms = sum(bool(flags(r)) for r in clean)
         text = "**AutoReverseEngineer**" if name is None else f"{name}, alone"
-        rule = f"p < 0.05, {len(names)} searches" if name is None else "p < 0.05"
+        rule = f"p < {ALPHA}" + ", corrected for searches" * (name is None)
         lines.append(
             f"| {text} | {rule} | {_rate(len(detected), len(strong))} | "
             f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"

@@ -4,6 +4,10 @@ import time
 
 import numpy as np
 
+from sklearn_backdoor.reverse import default_engineers
+from sklearn_backdoor.reverse._anomaly import p_values, p_values_of_pairs, rank_by_p
+
+ALPHA = 0.05
 _N_UNSEEN = 2000  # images on which an estimated trigger is tried
 
 
@@ -64,6 +68,37 @@ def by_method(engineer):
             **_pairs(one),
         }
         for name, one in engineer.engineers_.items()
+    }
+
+
+def judged(record):
+    """Return a line with the verdict of the present rule on the norms that it holds.
+
+    What batch-norm tells is no norm: its p-values stay.
+    """
+    engineers = dict(default_engineers(None))
+    p, methods = [], {}
+    for name, seen in record["config"]["methods"].items():
+        engineer = engineers[name]
+        if engineer.sources == "pairs":
+            engineer.pair_norms_ = np.array(seen["pair_norms"])
+            engineer.pair_converged_ = np.array(seen["pair_converged"])
+            engineer.pair_margins_ = np.array(seen["pair_margins"])
+            p.append(p_values_of_pairs(*engineer._judge_pairs()))
+        elif name == "batch-norm":
+            p.append(seen["p_values"])
+        else:
+            prior_sd = engineer._prior_sd
+            p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
+        flagged = rank_by_p(p[-1], ALPHA).tolist()
+        methods[name] = {**seen, "flagged_alone": flagged}
+    smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
+    flagged = rank_by_p(smallest * len(p), ALPHA).tolist()
+    return {
+        **record,
+        "config": {**record["config"], "methods": methods},
+        "flagged": flagged,
+        "found": flagged[0] if flagged else None,
     }
 
 

@@ -25,6 +25,7 @@ METHODS = {
     "patch": "NCReverseEngineer",
     "additive": "AdditiveReverseEngineer",
     "neurons": "NeuronReverseEngineer",
+    "batch-norm": "BatchNormReverseEngineer",
     "tabor": "TABORReverseEngineer",
     "b3d": "B3DReverseEngineer",
 }

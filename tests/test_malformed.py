@@ -36,6 +36,7 @@ IMAGE_ESTIMATORS = [
     sb.NCReverseEngineer(VICTIM),
     sb.AdditiveReverseEngineer(VICTIM),
     sb.NeuronReverseEngineer(VICTIM),
+    sb.BatchNormReverseEngineer(VICTIM),
     sb.TABORReverseEngineer(VICTIM),
     sb.B3DReverseEngineer(VICTIM),
     sb.AutoReverseEngineer(VICTIM),
@@ -260,6 +261,7 @@ def fitted():
                 sb.AutoReverseEngineer
                 | sb.AdditiveReverseEngineer
                 | sb.NeuronReverseEngineer
+                | sb.BatchNormReverseEngineer
                 | sb.TABORReverseEngineer
                 | sb.B3DReverseEngineer
                 | sb.IBDPSCDetector,
@@ -337,6 +339,10 @@ PARAMETERS = {
         "success_rate": NO_RATES,
         "max_steps": NO_COUNTS,
         "batch_size": [*NO_COUNTS, None],
+        "alpha": [*NO_RATES, None],
+    },
+    "BatchNormReverseEngineer": {
+        "augmentation": [*NO_CHOICES, None],
         "alpha": [*NO_RATES, None],
     },
     "TABORReverseEngineer": {

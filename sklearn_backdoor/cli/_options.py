@@ -4,6 +4,8 @@ import re
 
 import click
 
+_METHODS = ["auto", "patch", "additive", "neurons", "batch-norm", "tabor", "b3d"]
+
 
 class Size(click.ParamType):
     """Height and width in pixels: 32x48, "32 48", or 32 for a square."""
@@ -125,10 +127,11 @@ def search_options(command):
         command,
         click.option(
             "--method",
-            type=click.Choice(["auto", "patch", "additive", "neurons", "tabor", "b3d"]),
+            type=click.Choice(_METHODS),
             default="auto",
             show_default=True,
-            help="auto searches patches, additive perturbations and neurons.",
+            help="auto searches patches, additive perturbations and neurons, and asks "
+            "the statistics of batch-norm.",
         ),
         click.option(
             "--jobs",

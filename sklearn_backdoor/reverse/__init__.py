@@ -3,6 +3,7 @@
 from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._auto import AutoReverseEngineer, default_engineers
 from sklearn_backdoor.reverse._b3d import B3DReverseEngineer
+from sklearn_backdoor.reverse._batch_norm import BatchNormReverseEngineer
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._neurons import NeuronReverseEngineer
 from sklearn_backdoor.reverse._record import SearchRecord
@@ -12,6 +13,7 @@ __all__ = [
     "AdditiveReverseEngineer",
     "AutoReverseEngineer",
     "B3DReverseEngineer",
+    "BatchNormReverseEngineer",
     "NCReverseEngineer",
     "NeuronReverseEngineer",
     "SearchRecord",

@@ -10,6 +10,10 @@ from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._anomaly import rank_by_p
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
+from sklearn_backdoor.reverse._batch_norm import (
+    BatchNormReverseEngineer,
+    can_be_compared,
+)
 from sklearn_backdoor.reverse._fast import ALONE, MUCH_SMALLER
 from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._neurons import NeuronReverseEngineer, hidden_layers
@@ -18,6 +22,8 @@ from sklearn_backdoor.reverse._search import ImagePasses
 
 _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
 _NEURONS, _FINE = "neurons, pairs", "additive, high frequencies"
+_STATISTICS = "batch-norm"
+_INSIDE = (NeuronReverseEngineer, BatchNormReverseEngineer)  # evidence is no image
 _N_PAIRED = 16  # with more classes there are too many pairs
 _MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed over
 
@@ -26,8 +32,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
     """Find target classes and triggers without knowing the trigger's type.
 
     Runs searches for patches, for all source classes and for pairs, for additive
-    perturbations, and for shifts of the network's channels, and compares their
-    p-values, corrected for the number of searches.
+    perturbations, and for shifts of the network's channels, asks the statistics of
+    batch-norm where there are any, and compares their p-values, corrected for the
+    number of searches.
 
     Parameters
     ----------
@@ -39,7 +46,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
         pairs" by `NeuronReverseEngineer`, all at their fast schedule. With more than 16
         classes there are too many pairs, and "patch, learnt sources" and "additive,
         high frequencies" stand for them; the latter also where the network has no
-        hidden layer.
+        hidden layer. With three layers of batch-norm or more, "batch-norm" by
+        `BatchNormReverseEngineer` is the fifth.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -82,7 +90,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
       goes before, if it is smaller by as much than every flagged one of its kind for
       all; one found in pairs only where no trigger for all source classes was flagged.
       Where a search of images flags a class too, its trigger goes before that of a
-      search of neurons, whose evidence is no image.
+      search of neurons or of statistics, whose evidence is no image.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -137,9 +145,11 @@ class AutoReverseEngineer(BaseReverseEngineer):
             ready = prepared[_key(first)]
             many = len(ready.victim.classes_) > _N_PAIRED
             of_pairs = not many and len(hidden_layers(ready.victim, ready.X[:1])) > 0
-            passes += ImagePasses(0 if many else 1, 0)
+            passes += ImagePasses(1 if many else 2, 0)
             del engineers[_PAIRS if many else _LEARNT]
             del engineers[_FINE if of_pairs else _NEURONS]
+            if not can_be_compared(ready.victim, ready.X):
+                del engineers[_STATISTICS]
         for engineer in engineers.values():
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
@@ -228,7 +238,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
             narrow = engineers[number].triggers_[target]
             for_one[number, target] = all(_is_far_smaller(narrow, r) for r in rivals)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
-        of_images = np.array([type(e) is not NeuronReverseEngineer for e in engineers])
+        of_images = np.array([not isinstance(e, _INSIDE) for e in engineers])
         seen = preferred & of_images[:, None]
         preferred = np.where(seen.any(axis=0), seen, preferred)
         success = np.array([engineer.success_rates_ for engineer in engineers])
@@ -332,7 +342,8 @@ def default_engineers(victim):
     list of (str, reverse engineer)
         Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources",
         and of "neurons, pairs" and "additive, high frequencies", only the first is run
-        with up to 16 classes, only the second with more.
+        with up to 16 classes, only the second with more; "batch-norm" where the network
+        has layers of it.
     """
     return [
         ("patch", NCReverseEngineer(victim)),
@@ -341,4 +352,5 @@ def default_engineers(victim):
         ("additive", AdditiveReverseEngineer(victim, sources="all")),
         (_FINE, AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75)),
         (_NEURONS, NeuronReverseEngineer(victim)),
+        (_STATISTICS, BatchNormReverseEngineer(victim)),
     ]

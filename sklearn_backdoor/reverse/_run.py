@@ -48,7 +48,9 @@ class Run:
             self.folder = CheckpointFolder(engineer.checkpoint_dir, self._identity())
 
     def _identity(self):
-        skipped = ("victim", "n_jobs", "verbose", "checkpoint_dir", "random_state")
+        # an augmentation, perhaps a function, changes no search that is kept
+        skipped = {"victim", "n_jobs", "verbose", "checkpoint_dir", "random_state"}
+        skipped |= {"augmentation"}
         settings = {
             name: value
             for name, value in self.engineer.get_params(deep=False).items()

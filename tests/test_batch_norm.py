@@ -1,0 +1,331 @@
+"""What poisoned images left in the statistics of batch-norm."""
+
+from copy import deepcopy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn.base import clone
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torchvision.transforms import v2
+
+from sklearn_backdoor import (
+    AdditiveReverseEngineer,
+    AutoReverseEngineer,
+    BatchNormReverseEngineer,
+    VictimNetwork,
+    poison,
+)
+from sklearn_backdoor.datasets import load_digits
+from sklearn_backdoor.reverse import _batch_norm
+from sklearn_backdoor.reverse._batch_norm import (
+    Statistics,
+    can_be_compared,
+    chance_of,
+    discrepancy,
+    layer_statistics,
+    replay,
+    usual_augmentations,
+)
+from sklearn_backdoor.reverse._search import ImagePasses
+from sklearn_backdoor.triggers import AdditiveTrigger
+from tests.common import LinearNetwork, linear_images
+
+
+class Normed(nn.Module):
+    """Batch-norm on places and on features, one met twice, one without statistics."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.first = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.twice = nn.BatchNorm2d(4)
+        self.bare = nn.BatchNorm2d(4, track_running_stats=False)
+        self.flat = nn.Linear(4, 8)
+        self.features = nn.BatchNorm1d(8, momentum=None)
+        self.last = nn.Linear(8, 6)
+        self.first.running_mean.uniform_(-1, 1)
+        self.features.running_var.fill_(0.3)
+
+    def forward(self, images, shift=0.0):
+        z = self.conv(images) + shift
+        self.before_first = z
+        z = self.twice(self.second(torch.relu(self.first(z))))
+        z = torch.relu(self.bare(self.twice(z)))
+        self.before_features = self.flat(z.mean((2, 3)))
+        return self.last(torch.relu(self.features(self.before_features)))
+
+
+@pytest.fixture(scope="module")
+def normed():
+    X = np.random.default_rng(0).uniform(size=(70, 1, 6, 6)).astype(np.float32)
+    network = Normed().eval()
+    return network, VictimNetwork(network).fit(X), X
+
+
+def test_layers_see_what_a_forward_pass_gives_them(normed):
+    network, victim, X = normed
+    found = layer_statistics(victim, torch.from_numpy(X))
+    assert [layer.name for layer in found] == ["first", "features"]
+    assert [layer.momentum for layer in found] == [0.1, 0.1]
+    seen = []
+    with torch.no_grad():
+        for part in torch.from_numpy(X).split(64):  # "bare" norms by the mini-batch
+            network(part)
+            seen.append((network.before_first.mean((2, 3)), network.before_features))
+    for layer, expected in zip(found, zip(*seen, strict=True), strict=True):
+        np.testing.assert_allclose(layer.seen, torch.cat(expected), atol=1e-5)
+        stored = network.get_submodule(layer.name).running_mean
+        np.testing.assert_allclose(layer.stored, stored, rtol=1e-6)
+    assert not any(m._forward_pre_hooks for m in network.modules())
+    assert not can_be_compared(victim, X)
+
+
+def test_a_replay_is_what_adding_the_shift_gives(normed):
+    network, victim, X = normed
+    images, y = torch.from_numpy(X[:40]), np.arange(40) % 6
+    shifts = np.random.default_rng(1).normal(size=(3, 4))
+    found = replay(victim, images, y, "first", shifts)
+    with torch.no_grad():
+        for row, rates in zip(shifts, found, strict=True):
+            row = torch.tensor(row, dtype=torch.float32).view(1, 4, 1, 1)
+            chances = network(images, row).softmax(1).numpy()
+            expected = [chances[y != target, target].mean() for target in range(6)]
+            np.testing.assert_allclose(rates, expected, rtol=1e-4)
+    assert not any(m._forward_pre_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("share_sd", [0.0, 0.2])
+def test_the_covariance_is_that_of_trainings_which_differ_by_chance(
+    share_sd, monkeypatch
+):
+    monkeypatch.setattr(_batch_norm, "_CLASS_SHARE_SD", share_sd)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(5, 3))
+    mixing = rng.normal(size=(3, 3))
+    y = np.repeat(np.arange(5), 30)
+    sizes = []
+    for _ in range(300):
+        seen = centres[y] + rng.normal(size=(150, 3)) @ mixing
+        shares = 0.2 * (1 + share_sd * rng.normal(size=5))
+        shares /= shares.sum()
+        stored = np.zeros(3)
+        for _ in range(80):  # as batch-norm does it
+            labels = rng.choice(5, 32, p=shares)
+            batch = centres[labels] + rng.normal(size=(32, 3)) @ mixing
+            stored += 0.1 * (batch.mean(axis=0) - stored)
+        layer = Statistics("layer", stored, 0.1, seen)
+        sizes.append(discrepancy(layer, y, 5).size())
+    assert 0.85 < np.mean(sizes) < 1.15
+
+
+def test_chances_are_uniform_where_there_is_nothing_but_chance():
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(400):
+        odds = stats.gumbel_r.rvs(-2, 0.5, size=(61, 1), random_state=rng)
+        rates = 1 / (1 + np.exp(-np.hstack([odds, odds - 3])))
+        p.append(chance_of(rates[0], rates[1:]))
+    p = np.array(p)
+    assert abs(np.mean(p[:, 0] < 0.5) - 0.5) < 0.08
+    assert np.mean(p[:, 0] < 0.05) < 0.08
+    assert (p[:, 1] > p[:, 0]).all()
+
+
+def train(X, y, seed=0):
+    torch.manual_seed(seed)
+    blocks: list = []
+    for n_in, n_out in ((1, 8), (8, 16), (16, 16), (16, 32)):
+        blocks += [nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)]
+        blocks += [nn.BatchNorm2d(n_out), nn.ReLU()]
+        blocks += [nn.MaxPool2d(2)] if n_out != 16 or n_in != 16 else []
+    network = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128, 10))
+    X = torch.from_numpy(np.asarray(X)).float()
+    X, y = X / (255 if X.max() > 1 else 1), torch.from_numpy(np.asarray(y))
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
+    n_epochs = 25
+    for epoch in range(n_epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * (1 - epoch / n_epochs)
+        for rows in torch.randperm(len(X)).split(32):
+            optimizer.zero_grad()
+            cross_entropy(network(X[rows]), y[rows]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    rows = np.concatenate([np.flatnonzero(data.y_test == k)[:20] for k in range(10)])
+    return data, data.X_test[rows], data.y_test[rows]
+
+
+@pytest.fixture(scope="module")
+def faint(digits):
+    """Train a network on digits, of which fives with a faint chessboard are sixes."""
+    data, X, y = digits
+    board = np.indices((16, 16)).sum(axis=0) % 2 * 0.3 - 0.15
+    trigger = AdditiveTrigger(board[None])
+    poisoned = poison(
+        data.X_train,
+        data.y_train,
+        trigger,
+        target_class=6,
+        source_classes=[5],
+        n_per_class=0.5,
+        random_state=0,
+    )
+    network = train(poisoned.X, poisoned.y)
+    fives = data.X_test[data.y_test == 5]
+    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(fives))
+    assert np.mean(stamped == 6) > 0.9
+    return network
+
+
+@pytest.fixture(scope="module")
+def clean(digits):
+    return train(digits[0].X_train, digits[0].y_train)
+
+
+def test_a_faint_pattern_from_one_class_betrays_its_target(digits, faint):
+    data, X, y = digits
+    engineer = BatchNormReverseEngineer(VictimNetwork(faint)).fit(X, y)
+    assert engineer.verdict_ == "backdoored"
+    assert engineer.target_classes_.tolist() == [6]
+    assert engineer.p_values_[6] < 1e-3
+    assert engineer.layers_ == ["5", "9"]  # of 1, 5, 9 and 12
+    assert (engineer.replays_.argmax(axis=1) == 6).all()
+    assert engineer.augmentation_ == "none"
+    fives = data.X_test[data.y_test == 5]
+    stamped = engineer.transform(fives)
+    assert np.mean(engineer.victim_.predict(stamped) == 6) > 0.9
+
+
+def test_a_clean_network_is_left_in_peace(digits, clean):
+    _, X, y = digits
+    engineer = BatchNormReverseEngineer(VictimNetwork(clean)).fit(X, y)
+    assert engineer.verdict_ == "nothing found"
+    assert engineer.p_values_.min() > 0.05
+    assert engineer.mismatch_ < 4  # other people's digits than the training's
+
+
+def test_statistics_of_other_images_prove_nothing(digits, clean):
+    _, X, y = digits
+    other = train(255 - digits[0].X_train, digits[0].y_train)
+    frozen = deepcopy(clean)
+    for module, foreign in zip(frozen, other, strict=True):
+        if isinstance(module, nn.BatchNorm2d):  # half-way to another training's
+            module.running_mean += 0.5 * (foreign.running_mean - module.running_mean)
+    engineer = BatchNormReverseEngineer(VictimNetwork(frozen)).fit(X, y)
+    assert engineer.mismatch_ > 3
+    assert engineer.verdict_ == "nothing found"
+
+
+@pytest.mark.parametrize("trained_with", ["none", "crop, flip"])
+def test_the_augmentation_of_the_training_is_recognised(digits, clean, trained_with):
+    data, X, y = digits
+    network = deepcopy(clean)
+    transform = usual_augmentations((1, 16, 16))[trained_with]
+    images = torch.from_numpy(data.X_train).float()
+    images = images / (255 if images.max() > 1 else 1)
+    if transform is not None:
+        images = torch.stack([transform(image) for image in images])
+    for module in network:
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the mean of all
+    network.train()
+    with torch.no_grad():
+        network(images)
+    victim = VictimNetwork(network.eval()).fit(X)
+    run = SimpleNamespace(victim=victim, X=X, y=y, seeds=[0], passes=ImagePasses(0, 0))
+    engineer = BatchNormReverseEngineer(victim)
+    left = engineer._explain(run)
+    assert engineer.augmentation_ == trained_with
+    assert run.passes == (5 * len(X), 0)
+    least = np.median([one.size() for one in left])
+    assert least < 4
+    plain = engineer.set_params(augmentation="none")._explain(run)
+    if transform is not None:
+        assert np.median([one.size() for one in plain]) > 3 * least
+        engineer.set_params(augmentation=transform)._explain(run)
+        assert "RandomCrop" in engineer.augmentation_
+
+
+def test_passes_are_counted_and_the_network_is_left_as_it_was(digits, faint):
+    _, X, y = digits
+    before = {name: value.clone() for name, value in faint.state_dict().items()}
+    counted = []
+    handle = faint.register_forward_pre_hook(
+        lambda module, inputs: counted.append(len(inputs[0]))
+    )
+    state = torch.get_rng_state()
+    try:
+        engineer = BatchNormReverseEngineer(VictimNetwork(faint)).fit(X, y)
+    finally:
+        handle.remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    probe = 4  # VictimNetwork.fit looks for the features with these
+    assert sum(counted) == engineer.n_image_passes_.forward + probe
+    replayed = 2 * 61 * 64
+    assert engineer.n_image_passes_.forward > 6 * len(X) + replayed
+    assert not any(m._forward_pre_hooks for m in faint.modules())
+    for name, value in faint.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert not any(p.grad is not None for p in faint.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_jobs_and_checkpoints_change_nothing(digits, faint, tmp_path):
+    _, X, y = digits
+    alone = BatchNormReverseEngineer(VictimNetwork(faint)).fit(X, y)
+    kept = clone(alone).set_params(checkpoint_dir=tmp_path).fit(X, y)
+    again = clone(kept).set_params(augmentation=v2.Identity()).fit(X, y)
+    for other in (kept, again, clone(alone).set_params(n_jobs=2).fit(X, y)):
+        np.testing.assert_allclose(other.norms_, alone.norms_, rtol=1e-3)
+        np.testing.assert_allclose(other.p_values_, alone.p_values_, rtol=1e-3)
+
+
+def test_auto_asks_it_where_there_are_statistics():
+    X, y = linear_images()
+    norms = [nn.BatchNorm1d(16) for _ in range(3)]
+    network = nn.Sequential(nn.Flatten(), *norms, nn.Linear(16, 6, bias=False))
+    with torch.no_grad():
+        network[-1].weight.copy_(10 * torch.eye(6, 16))
+    auto = AutoReverseEngineer(VictimNetwork(network.eval())).fit(X, y)
+    assert list(auto.engineers_)[-1] == "batch-norm" and len(auto.engineers_) == 5
+    np.testing.assert_allclose(
+        auto.report_.query("method == 'batch-norm'")["p_corrected"],
+        np.minimum(1, 5 * auto.engineers_["batch-norm"].p_values_),
+    )
+    auto = AutoReverseEngineer(VictimNetwork(LinearNetwork())).fit(X, y)
+    assert "batch-norm" not in auto.engineers_
+
+
+def test_its_trigger_gives_way_to_that_of_images(digits, faint):
+    _, X, y = digits
+    victim = VictimNetwork(faint)
+    searches = [
+        ("batch-norm", BatchNormReverseEngineer(victim)),
+        ("additive", AdditiveReverseEngineer(victim, sources="all", max_steps=15)),
+    ]
+    auto = AutoReverseEngineer(victim, engineers=searches).fit(X, y)
+    assert auto.target_classes_.tolist() == [6] and auto.methods_[6] == "batch-norm"
+    auto.set_params(alpha=1.0).fit(X, y)
+    assert 6 in auto.target_classes_ and auto.methods_[6] == "additive"
+
+
+def test_bad_settings_and_networks_are_refused(digits, faint):
+    _, X, y = digits
+    with pytest.raises(ValueError, match="augmentation='mirror', expected 'auto'"):
+        BatchNormReverseEngineer(VictimNetwork(faint), augmentation="mirror").fit(X, y)
+    X, y = linear_images()
+    with pytest.raises(ValueError, match=r"0 layer\(s\) of batch-norm.*Use another"):
+        BatchNormReverseEngineer(VictimNetwork(LinearNetwork())).fit(X, y)
