@@ -7,7 +7,6 @@ import torch
 from scipy import stats
 from scipy.special import logit
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.transforms import v2
 
 from sklearn_backdoor._torch import to_tensor
 from sklearn_backdoor._validation import check_number
@@ -23,7 +22,7 @@ _N_DRAWS = 60  # discrepancies of chance
 _MIN_LAYERS = 3
 _N_LAYERS = 6  # of those between the first and the last
 _TRAINED_WITH = 32  # images a mini-batch, at least
-_CLASS_SHARE_SD = 0.2  # of a class's share of the training images, relative
+_CLASS_SHARE_SD = 0.1  # of a class's share of the training images, relative
 _SMALLEST_SHARE = 1e-4
 _MIN_SPREAD = 0.25  # of the log-odds of what chance leads to
 _CROP = 8  # as many times the padding before a crop is the side
@@ -249,6 +248,8 @@ def usual_augmentations(image_shape):
     -------
     dict from str to callable or None
     """
+    from torchvision.transforms import v2  # slow to import
+
     side = image_shape[1:]
     padding = [-(-side[1] // _CROP), -(-side[0] // _CROP)]  # left and right, top ...
     flip, crop = v2.RandomHorizontalFlip(), v2.RandomCrop(side, padding=padding)
@@ -318,7 +319,7 @@ class BatchNormReverseEngineer(FastReverseEngineer):
     -----
     - Chance is drawn for each network anew, 60 times a layer: the sampling error of the
       clean images and of the last mini-batches (32 images each, or more), and shares of
-      classes that differ by a fifth. No constant is fitted to clean victims.
+      classes that differ by a tenth. No constant is fitted to clean victims.
     - The first layer sees too little of a trigger, and serves to tell whether clean
       images are like the training's. The last sees whether images are taken for a
       class, which an unbalanced training set shows as well as poison: it is left out,
