@@ -23,6 +23,7 @@ from sklearn_backdoor import BackdoorGuard, VictimNetwork, datasets, white_box
 from sklearn_backdoor.io import load_network
 from sklearn_backdoor.reverse import (
     AutoReverseEngineer,
+    BatchNormReverseEngineer,
     NCReverseEngineer,
     default_engineers,
 )
@@ -214,10 +215,11 @@ def run_classes(bench):
 def run_shared(bench):
     """Victims that other code made: a white box, and a control without backdoor."""
     for name in _SHARED:
-        for engineer_class in (NCReverseEngineer, AutoReverseEngineer):
-            searches = list(dict(default_engineers(None)))
-            if engineer_class is NCReverseEngineer:
-                searches = searches[:1]
+        for engineer_class, searches in (
+            (NCReverseEngineer, ["patch"]),
+            (BatchNormReverseEngineer, ["batch-norm"]),
+            (AutoReverseEngineer, list(dict(default_engineers(None)))),
+        ):
             if bench.is_done("shared", name, searches):
                 continue
             recipe, network, trigger, defense, unseen = _open_shared(bench, name)

@@ -86,7 +86,7 @@ def judged(record):
             engineer.pair_margins_ = np.array(seen["pair_margins"])
             p.append(p_values_of_pairs(*engineer._judge_pairs()))
         elif name == "batch-norm":
-            p.append(seen["p_values"])
+            p.append(np.array(seen["p_values"]))
         else:
             prior_sd = engineer._prior_sd
             p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))

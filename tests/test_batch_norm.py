@@ -70,7 +70,7 @@ def normed():
 
 def test_layers_see_what_a_forward_pass_gives_them(normed):
     network, victim, X = normed
-    found = layer_statistics(victim, torch.from_numpy(X))
+    found = layer_statistics(victim, X)
     assert [layer.name for layer in found] == ["first", "features"]
     assert [layer.momentum for layer in found] == [0.1, 0.1]
     seen = []
