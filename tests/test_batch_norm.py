@@ -20,17 +20,16 @@ from sklearn_backdoor import (
     poison,
 )
 from sklearn_backdoor.datasets import load_digits
-from sklearn_backdoor.reverse import _batch_norm
-from sklearn_backdoor.reverse._batch_norm import (
+from sklearn_backdoor.reverse import _statistics
+from sklearn_backdoor.reverse._batch_norm import can_be_compared, usual_augmentations
+from sklearn_backdoor.reverse._search import ImagePasses
+from sklearn_backdoor.reverse._statistics import (
     Statistics,
-    can_be_compared,
     chance_of,
     discrepancy,
     layer_statistics,
     replay,
-    usual_augmentations,
 )
-from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.triggers import AdditiveTrigger
 from tests.common import LinearNetwork, linear_images
 
@@ -104,7 +103,7 @@ def test_a_replay_is_what_adding_the_shift_gives(normed):
 def test_the_covariance_is_that_of_trainings_which_differ_by_chance(
     share_sd, monkeypatch
 ):
-    monkeypatch.setattr(_batch_norm, "_CLASS_SHARE_SD", share_sd)
+    monkeypatch.setattr(_statistics, "_CLASS_SHARE_SD", share_sd)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(5, 3))
     mixing = rng.normal(size=(3, 3))
