@@ -1,5 +1,7 @@
 """What poisoned images left behind in the statistics of batch-norm."""
 
+import warnings
+
 import numpy as np
 import torch
 
@@ -22,6 +24,7 @@ _REPLAYED = 20.0  # times: what a twentieth of the training images left, as in a
 _N_DRAWS = 60  # discrepancies of chance
 _MIN_LAYERS = 3
 _N_LAYERS = 6  # of those between the first and the last
+_MUCH = 3.0  # standard errors
 _CROP = 8  # as many times the padding before a crop is the side
 _CLEARLY_LESS = 0.5  # has to be left by an augmentation, of what is without
 
@@ -198,8 +201,17 @@ class BatchNormReverseEngineer(FastReverseEngineer):
                 "of which the first and the last tell too little. Use another reverse "
                 "engineer."
             )
-        wider = max(1.0, found[0].size())
         self.mismatch_ = float(np.sqrt(found[0].size()))
+        if self.mismatch_ > _MUCH:
+            warnings.warn(
+                f"what batch-norm stored in layer {found[0].name} is "
+                f"{self.mismatch_:.1f} standard errors from what it is on D_Defense, "
+                "so that its statistics prove little: the training's images were "
+                "others. If they were augmented, name the transform: "
+                "BatchNormReverseEngineer(augmentation=...).",
+                stacklevel=2,
+            )
+        wider = max(1.0, self.mismatch_**2)
         between = found[1:-1]
         numbers = np.linspace(0, len(between) - 1, min(_N_LAYERS, len(between)))
         chosen = [between[number] for number in np.unique(numbers.round().astype(int))]
