@@ -129,6 +129,8 @@ def _population(records):
     passes = np.median([_total(r) for r in records])
     timed = [r["seconds"] for r in records if r["seconds"]]
     seconds = f", {np.median(timed):.0f} s (n = {len(timed)})" if timed else ""
+    torches = " and ".join(sorted({r["versions"]["torch"] for r in records}))
+    machines = " and ".join(sorted({r["machine"]["processor"] for r in records}))
     lines += [
         "",
         f"{len(records)} small victims{part}, {len(strong)} of them with an ASR of "
@@ -138,7 +140,8 @@ def _population(records):
         "the verdicts of the lines' commits. Searches, nulls and this rule were chosen "
         "by victims of other seeds. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
-        f"backward){seconds}.",
+        f"backward){seconds}. Trained and scanned with torch {torches} on {machines}, "
+        "one thread each.",
     ]
     return "\n".join(lines)
 
