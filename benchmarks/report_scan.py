@@ -76,17 +76,20 @@ def _population(records):
         def flags(record, name=name):
             if name is None:
                 return record["flagged"]
-            seen = record["config"]["methods"].get(name)  # not all have batch-norm
-            return seen["flagged_alone"] if seen else []
+            return record["config"]["methods"][name]["flagged_alone"]
 
-        detected = [r for r in strong if flags(r)]
+        attacked, spared = (  # not all have batch-norm
+            [r for r in some if name is None or name in r["config"]["methods"]]
+            for some in (strong, clean)
+        )
+        detected = [r for r in attacked if flags(r)]
         right = sum(flags(r)[0] == r["target_class"] for r in detected)
-        alarms = sum(bool(flags(r)) for r in clean)
+        alarms = sum(bool(flags(r)) for r in spared)
         text = "**AutoReverseEngineer**" if name is None else f"{name}, alone"
         rule = f"p < {ALPHA}" + ", corrected for searches" * (name is None)
         lines.append(
-            f"| {text} | {rule} | {_rate(len(detected), len(strong))} | "
-            f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
+            f"| {text} | {rule} | {_rate(len(detected), len(attacked))} | "
+            f"{_rate(right, len(detected))} | {_rate(alarms, len(spared))} |"
         )
     for name, rule, published in (
         ("patch", "index > 2, published", _by_index),

@@ -104,7 +104,7 @@ def _locks_of(network):
 
 
 def _changed_by_a_pass(module):
-    return module._forward_hooks, module._parameters
+    return module._forward_hooks, module._forward_pre_hooks, module._parameters
 
 
 def _after_fork():

@@ -306,8 +306,10 @@ class AutoReverseEngineer(BaseReverseEngineer):
 def _is_for_all(engineer):
     """Tell for each class whether its trigger is meant for all source classes.
 
-    Of pairs it is where it was refined for all.
+    Of pairs it is where it was refined for all. Batch-norm does not tell sources.
     """
+    if isinstance(engineer, BatchNormReverseEngineer):
+        return np.zeros(len(engineer.classes_), dtype=bool)
     sources = getattr(engineer, "sources", "all")
     if sources != "pairs":
         return np.full(len(engineer.classes_), sources == "all")
@@ -343,7 +345,7 @@ def default_engineers(victim):
         Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources",
         and of "neurons, pairs" and "additive, high frequencies", only the first is run
         with up to 16 classes, only the second with more; "batch-norm" where the network
-        has layers of it.
+        has three layers of it or more.
     """
     return [
         ("patch", NCReverseEngineer(victim)),

@@ -228,6 +228,8 @@ class FastReverseEngineer(BaseReverseEngineer):
             return
         unflagged = ~np.isin(self.classes_, self.target_classes_)
         others = np.flatnonzero(self.converged_ & unflagged)
+        if not len(others):
+            return  # there is no price to go by
         rate = np.median(self.success_rates_[others])
         norm = max(np.median(self._trigger_norms(others)), 1e-12)
         price = float(rate / norm / _WORTH)

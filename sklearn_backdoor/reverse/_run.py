@@ -48,11 +48,9 @@ class Run:
             self.folder = CheckpointFolder(engineer.checkpoint_dir, self._identity())
 
     def _identity(self):
-        # an augmentation, perhaps a function, changes no search that is kept
-        skipped = {"victim", "n_jobs", "verbose", "checkpoint_dir", "random_state"}
-        skipped |= {"augmentation"}
+        skipped = ("victim", "n_jobs", "verbose", "checkpoint_dir", "random_state")
         settings = {
-            name: value
+            name: getattr(value, "__qualname__", value)  # a function has an address
             for name, value in self.engineer.get_params(deep=False).items()
             if name not in skipped
         }

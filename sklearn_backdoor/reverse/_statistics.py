@@ -54,7 +54,7 @@ def layer_statistics(victim, X, transform=None):
         Fitted.
     X : ndarray of shape (n_samples, n_channels, height, width)
     transform : callable, default=None
-        From an image to an image.
+        From an image to one of the same shape.
 
     Returns
     -------
@@ -67,29 +67,29 @@ def layer_statistics(victim, X, transform=None):
 
     def note(name):
         def catch(module, inputs):
-            values = inputs[0].detach()
+            values = inputs[0].detach().float()
             seen.setdefault(name, []).append(
                 values.flatten(2).mean(2) if values.ndim > 2 else values
             )
 
         return catch
 
-    handles = [
-        network.get_submodule(name).register_forward_pre_hook(note(name))
-        for name in batch_norm_layers(network)
-    ]
     n_passes = 0
-    try:
-        with victim.differentiable() as logits, torch.no_grad():
+    with victim.differentiable() as logits, torch.no_grad():
+        handles = [
+            network.get_submodule(name).register_forward_pre_hook(note(name))
+            for name in batch_norm_layers(network)
+        ]
+        try:
             for start in range(0, len(X), _BATCH):
                 images = to_tensor(X[start : start + _BATCH], "cpu")
                 if transform is not None:
-                    images = torch.stack([transform(image) for image in images])
+                    images = _augmented(images, transform)
                 logits(images.to(victim.device_))
                 n_passes += 1
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     found = []
     for name, parts in seen.items():
         module = network.get_submodule(name)
@@ -99,6 +99,18 @@ def layer_statistics(victim, X, transform=None):
             stored = as_array(module.running_mean).astype(float)
             found.append(Statistics(name, stored, momentum, rows))
     return found
+
+
+def _augmented(images, transform):
+    given = [transform(image) for image in images]
+    for image in given:
+        if getattr(image, "shape", None) != images.shape[1:]:
+            raise ValueError(
+                f"augmentation gives {getattr(image, 'shape', type(image).__name__)} "
+                f"of an image of shape {tuple(images.shape[1:])}, expected a tensor of "
+                "the same."
+            )
+    return torch.stack(given)
 
 
 class Discrepancy(NamedTuple):
@@ -178,15 +190,15 @@ def replay(victim, images, y, name, shifts):
 
     images = images.to(victim.device_)
     module = victim.network_.get_submodule(name)
-    handle = module.register_forward_pre_hook(shift)
-    try:
-        with victim.differentiable() as logits, torch.no_grad():
+    with victim.differentiable() as logits, torch.no_grad():
+        handle = module.register_forward_pre_hook(shift)
+        try:
             for number, row in enumerate(shifts):
                 now = torch.from_numpy(row)
                 chances = as_array(logits(images).softmax(1))
                 rates[number] = (chances * others).sum(axis=0) / counts
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
     return rates
 
 
