@@ -716,9 +716,8 @@ def test_the_automatic_search_reports_every_search_and_class(auto):
             part["p_corrected"], np.minimum(1, 4 * engineer.p_values_)
         )
     forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
-    assert (
-        auto.n_image_passes_.forward == forward + 2
-    )  # for hidden layers and batch-norm
+    looked = 2  # images, for hidden layers and for batch-norm
+    assert auto.n_image_passes_.forward == forward + looked
 
 
 def test_each_class_is_shown_by_its_most_anomalous_search(auto):
