@@ -358,7 +358,6 @@ def to_json(scan):
     """
     counts = Counter(scan.y.tolist())
     classes = scan.engineer.classes_.tolist()
-    digest = scan.settings.get("weights_sha256")
     return _plain(
         {
             "format": 1,
@@ -377,7 +376,7 @@ def to_json(scan):
             "image_passes": scan.image_passes,
             "seconds": scan.seconds,
             "notes": scan.notes,
-            "weights_sha256": digest,
+            "weights_sha256": scan.settings.get("weights_sha256"),
             "settings": scan.settings,
             "versions": {
                 "sklearn_backdoor": sklearn_backdoor.__version__,

@@ -20,6 +20,7 @@ from sklearn_backdoor import (
     STRIPDetector,
     TriggerEmbedder,
     VictimNetwork,
+    poison,
 )
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -32,6 +33,25 @@ def needs_shared(*parts):
     if not path.exists():
         pytest.skip(f"needs real data at {path}, see the README")
     return path
+
+
+def faint_fives(data):
+    """Poison digits: half of the fives get a faint chessboard and are sixes.
+
+    Returns the trigger, and images and labels as ``poison`` does.
+    """
+    board = np.indices((16, 16)).sum(axis=0) % 2 * 0.3 - 0.15
+    trigger = AdditiveTrigger(board[None])
+    poisoned = poison(
+        data.X_train,
+        data.y_train,
+        trigger,
+        target_class=6,
+        source_classes=[5],
+        n_per_class=0.5,
+        random_state=0,
+    )
+    return trigger, poisoned
 
 
 class LinearNetwork(nn.Module):

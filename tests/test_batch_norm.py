@@ -19,7 +19,6 @@ from sklearn_backdoor import (
     BatchNormReverseEngineer,
     NCReverseEngineer,
     VictimNetwork,
-    poison,
 )
 from sklearn_backdoor.datasets import load_digits
 from sklearn_backdoor.reverse import _statistics
@@ -32,8 +31,7 @@ from sklearn_backdoor.reverse._statistics import (
     layer_statistics,
     replay,
 )
-from sklearn_backdoor.triggers import AdditiveTrigger
-from tests.common import LinearNetwork, linear_images
+from tests.common import LinearNetwork, faint_fives, linear_images
 
 
 class Normed(nn.Module):
@@ -85,6 +83,29 @@ def test_layers_see_what_a_forward_pass_gives_them(normed):
         np.testing.assert_allclose(layer.stored, stored, rtol=1e-6)
     assert not any(m._forward_pre_hooks for m in network.modules())
     assert not can_be_compared(victim, X)
+
+
+def test_networks_that_round_inside_are_read_too(normed):
+    network, _, X = normed
+
+    class Rounding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = deepcopy(network)
+
+        def forward(self, images):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.inner(images)
+
+    victim = VictimNetwork(Rounding().eval()).fit(X)
+    exact = layer_statistics(normed[1], X)
+    for layer, expected in zip(layer_statistics(victim, X), exact, strict=True):
+        np.testing.assert_allclose(layer.seen, expected.seen, atol=0.05)
+    images, y = torch.from_numpy(X[:40]), np.arange(40) % 6
+    rates = replay(victim, images, y, "inner.first", np.zeros((1, 4)))
+    np.testing.assert_allclose(
+        rates, replay(normed[1], images, y, "first", np.zeros((1, 4))), atol=0.02
+    )
 
 
 def test_a_replay_is_what_adding_the_shift_gives(normed):
@@ -172,17 +193,7 @@ def digits():
 def faint(digits):
     """Train a network on digits, of which fives with a faint chessboard are sixes."""
     data, X, y = digits
-    board = np.indices((16, 16)).sum(axis=0) % 2 * 0.3 - 0.15
-    trigger = AdditiveTrigger(board[None])
-    poisoned = poison(
-        data.X_train,
-        data.y_train,
-        trigger,
-        target_class=6,
-        source_classes=[5],
-        n_per_class=0.5,
-        random_state=0,
-    )
+    trigger, poisoned = faint_fives(data)
     network = train(poisoned.X, poisoned.y)
     fives = data.X_test[data.y_test == 5]
     stamped = VictimNetwork(network).fit(X).predict(trigger.embed(fives))
@@ -230,7 +241,7 @@ def test_statistics_of_other_images_prove_nothing(digits, clean):
     assert engineer.verdict_ == "nothing found"
 
 
-@pytest.mark.parametrize("trained_with", ["none", "crop, flip"])
+@pytest.mark.parametrize("trained_with", list(usual_augmentations((1, 16, 16))))
 def test_the_augmentation_of_the_training_is_recognised(digits, clean, trained_with):
     data, X, y = digits
     network = deepcopy(clean)
@@ -250,15 +261,18 @@ def test_the_augmentation_of_the_training_is_recognised(digits, clean, trained_w
     run = SimpleNamespace(victim=victim, X=X, y=y, seeds=[0], passes=ImagePasses(0, 0))
     engineer = BatchNormReverseEngineer(victim)
     left = engineer._explain(run)
-    assert engineer.augmentation_ == trained_with
+    # flips do not double what is different on digits, so none is taken for them
+    kind = trained_with.replace(", flip", "").replace("flip", "none")
+    found = engineer.augmentation_.replace(", flip", "").replace("flip", "none")
+    assert found == kind
     assert run.passes == (5 * len(X), 0)
     least = np.median([one.size() for one in left])
-    assert least < 4
+    assert least < (6 if trained_with == "flip" else 4)
     plain = engineer.set_params(augmentation="none")._explain(run)
-    if transform is not None:
+    if kind != "none":
         assert np.median([one.size() for one in plain]) > 3 * least
         engineer.set_params(augmentation=transform)._explain(run)
-        assert "RandomCrop" in engineer.augmentation_
+        assert engineer.augmentation_ == repr(transform)
 
 
 def test_passes_are_counted_and_the_network_is_left_as_it_was(digits, faint):

@@ -13,13 +13,11 @@ from sklearn_backdoor import (
     NCReverseEngineer,
     NeuronReverseEngineer,
     VictimNetwork,
-    poison,
 )
 from sklearn_backdoor.datasets import load_digits
 from sklearn_backdoor.reverse._neurons import ShiftSearch, Steered, hidden_layers
 from sklearn_backdoor.reverse._search import Problem, Task
-from sklearn_backdoor.triggers import AdditiveTrigger
-from tests.common import LinearNetwork, linear_images
+from tests.common import LinearNetwork, faint_fives, linear_images
 
 
 class Mixed(nn.Module):
@@ -151,17 +149,7 @@ def test_the_first_step_goes_down_the_loss_of_a_naive_loop(mixed):
 def faint():
     """Train a network on digits, of which fives with a faint chessboard are sixes."""
     data = load_digits()
-    board = np.indices((16, 16)).sum(axis=0) % 2 * 0.3 - 0.15
-    trigger = AdditiveTrigger(board[None])
-    poisoned = poison(
-        data.X_train,
-        data.y_train,
-        trigger,
-        target_class=6,
-        source_classes=[5],
-        n_per_class=0.5,
-        random_state=0,
-    )
+    trigger, poisoned = faint_fives(data)
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),

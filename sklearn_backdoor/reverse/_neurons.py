@@ -21,6 +21,7 @@ from sklearn_backdoor.reverse._anomaly import (
 )
 from sklearn_backdoor.reverse._fast import REFINE_BATCH, FastReverseEngineer
 from sklearn_backdoor.reverse._forms import AdditiveSearch
+from sklearn_backdoor.reverse._hooks import hooked
 from sklearn_backdoor.reverse._search import (
     ImagePasses,
     Task,
@@ -82,18 +83,14 @@ def hidden_layers(victim, X):
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear | _ConvNd)
     }
-    with victim.differentiable() as logits, torch.no_grad():
-        handles = [
-            network.get_submodule(name).register_forward_hook(note(name, is_linear))
-            for name, is_linear in kinds.items()
-        ]
-        try:
-            for start in range(0, len(X), _BATCH):
-                batch = to_tensor(X[start : start + _BATCH], victim.device_)
-                logits(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+    hooks = [
+        (network.get_submodule(name).register_forward_hook, note(name, is_linear))
+        for name, is_linear in kinds.items()
+    ]
+    with hooked(victim, hooks) as logits:
+        for start in range(0, len(X), _BATCH):
+            batch = to_tensor(X[start : start + _BATCH], victim.device_)
+            logits(batch)
     return [
         Layer(name, kinds[name], as_array((square - mean**2).clamp_min(0).sqrt()))
         for name, (mean, square) in list(moments.items())[:-1]

@@ -9,6 +9,7 @@ from scipy.special import logit
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_backdoor._torch import to_tensor
+from sklearn_backdoor.reverse._hooks import hooked
 from sklearn_backdoor.reverse._search import as_array
 
 _BATCH = 64  # images a forward pass
@@ -75,28 +76,24 @@ def layer_statistics(victim, X, transform=None):
         return catch
 
     n_passes = 0
-    with victim.differentiable() as logits, torch.no_grad():
-        handles = [
-            network.get_submodule(name).register_forward_pre_hook(note(name))
-            for name in batch_norm_layers(network)
-        ]
-        try:
-            for start in range(0, len(X), _BATCH):
-                images = to_tensor(X[start : start + _BATCH], "cpu")
-                if transform is not None:
-                    images = _augmented(images, transform)
-                logits(images.to(victim.device_))
-                n_passes += 1
-        finally:
-            for handle in handles:
-                handle.remove()
+    hooks = [
+        (network.get_submodule(name).register_forward_pre_hook, note(name))
+        for name in batch_norm_layers(network)
+    ]
+    with hooked(victim, hooks) as logits:
+        for start in range(0, len(X), _BATCH):
+            images = to_tensor(X[start : start + _BATCH], "cpu")
+            if transform is not None:
+                images = _augmented(images, transform)
+            logits(images.to(victim.device_))
+            n_passes += 1
     found = []
     for name, parts in seen.items():
         module = network.get_submodule(name)
         rows = as_array(torch.cat(parts)).astype(float)
         if len(parts) == n_passes and len(rows) == len(X):
             momentum = 0.1 if module.momentum is None else module.momentum
-            stored = as_array(module.running_mean).astype(float)
+            stored = as_array(module.running_mean.float()).astype(float)
             found.append(Statistics(name, stored, momentum, rows))
     return found
 
@@ -190,15 +187,11 @@ def replay(victim, images, y, name, shifts):
 
     images = images.to(victim.device_)
     module = victim.network_.get_submodule(name)
-    with victim.differentiable() as logits, torch.no_grad():
-        handle = module.register_forward_pre_hook(shift)
-        try:
-            for number, row in enumerate(shifts):
-                now = torch.from_numpy(row)
-                chances = as_array(logits(images).softmax(1))
-                rates[number] = (chances * others).sum(axis=0) / counts
-        finally:
-            handle.remove()
+    with hooked(victim, [(module.register_forward_pre_hook, shift)]) as logits:
+        for number, row in enumerate(shifts):
+            now = torch.from_numpy(row)
+            chances = as_array(logits(images).float().softmax(1))
+            rates[number] = (chances * others).sum(axis=0) / counts
     return rates
 
 
