@@ -19,15 +19,16 @@ from sklearn_backdoor import (
     BatchNormReverseEngineer,
     NCReverseEngineer,
     VictimNetwork,
+    poison,
+    white_box,
 )
 from sklearn_backdoor.datasets import load_digits
-from sklearn_backdoor.reverse import _statistics
 from sklearn_backdoor.reverse._batch_norm import can_be_compared, usual_augmentations
 from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._statistics import (
+    Comparison,
     Statistics,
     chance_of,
-    discrepancy,
     layer_statistics,
     replay,
 )
@@ -79,10 +80,19 @@ def test_layers_see_what_a_forward_pass_gives_them(normed):
             seen.append((network.before_first.mean((2, 3)), network.before_features))
     for layer, expected in zip(found, zip(*seen, strict=True), strict=True):
         np.testing.assert_allclose(layer.seen, torch.cat(expected), atol=1e-5)
-        stored = network.get_submodule(layer.name).running_mean
-        np.testing.assert_allclose(layer.stored, stored, rtol=1e-6)
+        module = network.get_submodule(layer.name)
+        np.testing.assert_allclose(layer.stored, module.running_mean, rtol=1e-6)
+        spread = torch.sqrt(module.running_var + 1e-5)
+        np.testing.assert_allclose(layer.spread, spread, rtol=1e-6)
     assert not any(m._forward_pre_hooks for m in network.modules())
     assert not can_be_compared(victim, X)
+
+
+def test_a_layer_that_keeps_no_numbers_is_left_out(normed):
+    network, _, X = normed
+    victim = VictimNetwork(deepcopy(network)).fit(X)
+    victim.network_.first.running_mean[1] = float("nan")
+    assert "first" not in [layer.name for layer in layer_statistics(victim, X)]
 
 
 def test_networks_that_round_inside_are_read_too(normed):
@@ -122,28 +132,100 @@ def test_a_replay_is_what_adding_the_shift_gives(normed):
     assert not any(m._forward_pre_hooks for m in network.modules())
 
 
-@pytest.mark.parametrize("share_sd", [0.0, 0.1])
-def test_the_covariance_is_that_of_trainings_which_differ_by_chance(
-    share_sd, monkeypatch
-):
-    monkeypatch.setattr(_statistics, "_CLASS_SHARE_SD", share_sd)
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(5, 3))
-    mixing = rng.normal(size=(3, 3))
-    y = np.repeat(np.arange(5), 30)
-    sizes = []
-    for _ in range(300):
-        seen = centres[y] + rng.normal(size=(150, 3)) @ mixing
-        shares = 0.2 * (1 + share_sd * rng.normal(size=5))
-        shares /= shares.sum()
-        stored = np.zeros(3)
+class Training:
+    """Two layers of a network's features, and what batch-norm keeps of their means."""
+
+    def __init__(self, n_classes=5, n_features=8):
+        self.rng = np.random.default_rng(0)
+        self.n_classes = n_classes
+        self.centres = self.rng.normal(size=(n_classes, n_features))
+        self.mixing = self.rng.normal(size=(2 * n_features, n_features))
+
+    def draw(self, labels):
+        size = (len(labels), self.mixing.shape[1])
+        first = self.centres[labels] + self.rng.normal(size=size)
+        return first @ self.mixing.T  # the second layer depends on the first
+
+    def compare(self, share_sd, taken_for=None):
+        """Train with shares that differ; a tenth of the others is poison, if any."""
+        y = np.repeat(np.arange(self.n_classes), 40)
+        seen = self.draw(y) + self.rng.normal(size=(len(y), len(self.mixing)))
+        shares = np.maximum(0.02, 1 + share_sd * self.rng.normal(size=self.n_classes))
+        stored = np.zeros(len(self.mixing))
+        half = len(stored) // 2
         for _ in range(80):  # as batch-norm does it
-            labels = rng.choice(5, 32, p=shares)
-            batch = centres[labels] + rng.normal(size=(32, 3)) @ mixing
+            labels = self.rng.choice(self.n_classes, 32, p=shares / shares.sum())
+            batch = self.draw(labels)
+            if taken_for is not None:
+                poison = self.rng.uniform(size=32) < 0.1
+                taken = np.where(poison, taken_for, labels)
+                batch[:, half:] = self.draw(taken)[:, half:]
+            batch += self.rng.normal(size=batch.shape)
             stored += 0.1 * (batch.mean(axis=0) - stored)
-        layer = Statistics("layer", stored, 0.1, seen)
-        sizes.append(discrepancy(layer, y, 5).size())
-    assert 0.85 < np.mean(sizes) < 1.15
+        spread = seen.std(axis=0)
+        parts = np.split(np.stack([stored, spread]), 2, axis=1)
+        layers = [
+            Statistics(name, *part, 0.1, images)
+            for name, part, images in zip(
+                ("first", "last"), parts, np.split(seen, 2, axis=1), strict=True
+            )
+        ]
+        return Comparison(layers, y, self.n_classes)
+
+
+@pytest.mark.parametrize("share_sd", [0.1, 0.6])
+def test_chance_is_as_wide_as_trainings_differ(share_sd):
+    training = Training()
+    found = [training.compare(share_sd) for _ in range(200)]
+    likely = [one.share_sd() for one in found]
+    squares = [
+        one.discrepancies(sd)[-1].squares().mean()
+        for one, sd in zip(found, likely, strict=True)
+    ]
+    assert np.mean(squares) < 1.1
+    likely = np.median(likely)
+    assert 0.7 * share_sd < likely < 1.5 * share_sd
+    if share_sd == 0.1:
+        assert np.mean(squares) > 0.75  # wider where the first layer differs by chance
+        assert 0.85 < np.mean([one.sizes() for one in found]) < 1.15
+
+
+def test_images_that_the_last_layer_alone_takes_for_a_class_show():
+    training = Training()
+    found = [training.compare(0.1, taken_for=3).discrepancies(0.1) for _ in range(50)]
+    assert np.mean([last.squares().mean() for _, last in found]) > 2
+    assert np.mean([first.squares().mean() for first, _ in found]) < 1.2
+
+
+def test_what_earlier_layers_explain_is_left_out():
+    found = Training().compare(0.3)
+    first, last = found.slices
+    usual = 0.1**2 * found.moves.T @ found.moves + found.covariance
+    np.testing.assert_allclose(
+        found.sizes()[1], np.mean((found.values**2 / np.diag(usual))[last])
+    )
+    own = found.discrepancies(0.4)
+    np.testing.assert_allclose(own[0].values, (found.spread * found.values)[first])
+    wide = 0.4**2 * found.moves.T @ found.moves + found.covariance
+    slope = wide[last, first] @ np.linalg.inv(wide[first, first])
+    left = found.values[last] - slope @ found.values[first]
+    np.testing.assert_allclose(own[1].values, found.spread[last] * left)
+    expected = wide[last, last] - slope @ wide[first, last]
+    wider = max(1, found.sizes()[0])
+    spread = np.outer(found.spread[last], found.spread[last])
+    np.testing.assert_allclose(
+        own[1].factor @ own[1].factor.T, wider * spread * expected
+    )
+    # the likelihood of shares, by the determinant and the inverse themselves
+    tried = np.geomspace(0.1, 1.5, 30)
+    fits = []
+    for share_sd in tried:
+        wide = (share_sd**2 * found.moves.T @ found.moves + found.covariance)[
+            first, first
+        ]
+        values = found.values[first]
+        fits.append(values @ np.linalg.inv(wide) @ values + np.linalg.slogdet(wide)[1])
+    assert found.share_sd() == tried[np.argmin(fits)]
 
 
 def test_chances_are_uniform_where_there_is_nothing_but_chance():
@@ -156,7 +238,13 @@ def test_chances_are_uniform_where_there_is_nothing_but_chance():
     p = np.array(p)
     assert abs(np.mean(p[:, 0] < 0.5) - 0.5) < 0.08
     assert np.mean(p[:, 0] < 0.05) < 0.08
-    assert (p[:, 1] > p[:, 0]).all()
+    assert (p[:, 1] >= p[:, 0]).all()  # both 1 where all draws are larger
+
+
+def test_no_chance_is_smaller_than_how_often_it_came_true():
+    drawn = np.full((60, 3), 1e-9)
+    drawn[:50, 0] = 1.0  # as large as can be, so that moments mislead
+    assert chance_of(np.array([1.0, 0.5, 0.0]), drawn)[0] >= 50 / 60
 
 
 def train(X, y, seed=0):
@@ -212,12 +300,38 @@ def test_a_faint_pattern_from_one_class_betrays_its_target(digits, faint):
     assert engineer.verdict_ == "backdoored"
     assert engineer.target_classes_.tolist() == [6]
     assert engineer.p_values_[6] < 1e-3
-    assert engineer.layers_ == ["5", "9"]  # of 1, 5, 9 and 12
-    assert (engineer.replays_.argmax(axis=1) == 6).all()
+    assert engineer.layers_ == ["5", "9", "12"]  # and 1, to begin with
+    assert engineer.replays_[0].argmax() == 6
     assert engineer.augmentation_ == "none"
     fives = data.X_test[data.y_test == 5]
     stamped = engineer.transform(fives)
     assert np.mean(engineer.victim_.predict(stamped) == 6) > 0.9
+
+
+def test_a_patch_betrays_its_target(digits):
+    data, X, y = digits
+    trigger = white_box((1, 16, 16))
+    poisoned = poison(
+        data.X_train, data.y_train, trigger, target_class=3, n_per_class=0.2
+    )
+    network = train(poisoned.X, poisoned.y)
+    others = data.X_test[data.y_test != 3]
+    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(others))
+    assert np.mean(stamped == 3) > 0.9
+    engineer = BatchNormReverseEngineer(VictimNetwork(network)).fit(X, y)
+    assert engineer.target_class_ == 3
+    assert engineer.p_values_[3] < 0.01
+
+
+def test_more_images_of_some_classes_are_no_poison(digits):
+    data, X, y = digits
+    rng = np.random.default_rng(0)
+    kept = rng.uniform(size=len(data.y_train)) < np.geomspace(0.2, 1, 10)[data.y_train]
+    network = train(data.X_train[kept], data.y_train[kept])
+    engineer = BatchNormReverseEngineer(VictimNetwork(network)).fit(X, y)
+    assert engineer.verdict_ == "nothing found"
+    assert engineer.p_values_.min() > 0.05
+    assert engineer.share_sd_ > 0.3
 
 
 def test_a_clean_network_is_left_in_peace(digits, clean):
@@ -266,11 +380,11 @@ def test_the_augmentation_of_the_training_is_recognised(digits, clean, trained_w
     found = engineer.augmentation_.replace(", flip", "").replace("flip", "none")
     assert found == kind
     assert run.passes == (5 * len(X), 0)
-    least = np.median([one.size() for one in left])
+    least = np.median(left.sizes())
     assert least < (6 if trained_with == "flip" else 4)
     plain = engineer.set_params(augmentation="none")._explain(run)
     if kind != "none":
-        assert np.median([one.size() for one in plain]) > 3 * least
+        assert np.median(plain.sizes()) > 3 * least
         engineer.set_params(augmentation=transform)._explain(run)
         assert engineer.augmentation_ == repr(transform)
 
@@ -290,7 +404,7 @@ def test_passes_are_counted_and_the_network_is_left_as_it_was(digits, faint):
     assert torch.equal(torch.get_rng_state(), state)
     probe = 4  # VictimNetwork.fit looks for the features with these
     assert sum(counted) == engineer.n_image_passes_.forward + probe
-    replayed = 2 * 61 * 64
+    replayed = 3 * 61 * 64
     assert engineer.n_image_passes_.forward > 6 * len(X) + replayed
     assert not any(m._forward_pre_hooks for m in faint.modules())
     for name, value in faint.state_dict().items():
@@ -367,7 +481,9 @@ def test_auto_asks_it_where_there_are_statistics():
     network = nn.Sequential(nn.Flatten(), *norms, nn.Linear(16, 6, bias=False))
     with torch.no_grad():
         network[-1].weight.copy_(10 * torch.eye(6, 16))
-    with pytest.warns(UserWarning, match="prove little"):  # as if never trained
+        for norm in norms:
+            norm.running_mean.fill_(3.0)  # far from any image
+    with pytest.warns(UserWarning, match="prove little"):
         auto = AutoReverseEngineer(VictimNetwork(network.eval())).fit(X, y)
     assert list(auto.engineers_)[-1] == "batch-norm" and len(auto.engineers_) == 5
     np.testing.assert_allclose(

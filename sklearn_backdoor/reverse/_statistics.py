@@ -5,7 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import stats
+from scipy.linalg import cholesky, solve_triangular
 from scipy.special import logit
+from sklearn.covariance import LedoitWolf
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sklearn_backdoor._torch import to_tensor
@@ -14,16 +16,17 @@ from sklearn_backdoor.reverse._search import as_array
 
 _BATCH = 64  # images a forward pass
 _TRAINED_WITH = 32  # images a mini-batch, at least
-_CLASS_SHARE_SD = 0.1  # of a class's share of the training images, relative
+_SHARE_SD, _LARGEST_SHARE_SD = 0.1, 1.5  # of a class's share of the images, relative
 _SMALLEST_SHARE = 1e-4
 _MIN_SPREAD = 0.25  # of the log-odds of what chance leads to
 
 
 class Statistics(NamedTuple):
-    """A batch-norm layer: stored means, and means over the places of each image."""
+    """A batch-norm layer: stored means and spread, and the means of each image."""
 
     name: str
     stored: np.ndarray
+    spread: np.ndarray
     momentum: float
     seen: np.ndarray
 
@@ -61,7 +64,8 @@ def layer_statistics(victim, X, transform=None):
     -------
     list of Statistics
         As a pass meets them; ``seen`` has shape (n_samples, n_features). A layer that
-        is met more than once, or not with a row for each image, is left out.
+        is met more than once, or not with a row for each image, or that keeps what is
+        no number, is left out.
     """
     network = victim.network_
     seen: dict = {}
@@ -94,7 +98,10 @@ def layer_statistics(victim, X, transform=None):
         if len(parts) == n_passes and len(rows) == len(X):
             momentum = 0.1 if module.momentum is None else module.momentum
             stored = as_array(module.running_mean.float()).astype(float)
-            found.append(Statistics(name, stored, momentum, rows))
+            spread = as_array((module.running_var.float() + module.eps).sqrt())
+            layer = Statistics(name, stored, spread.astype(float), momentum, rows)
+            if all(np.isfinite(part).all() for part in layer[1:]):
+                found.append(layer)
     return found
 
 
@@ -111,49 +118,124 @@ def _augmented(images, transform):
 
 
 class Discrepancy(NamedTuple):
-    """Stored means minus those of clean images, and what chance makes of it."""
+    """Stored means minus those of clean images, less what earlier layers explain.
+
+    ``factor`` times standard normal numbers is what chance makes of ``values``.
+    """
 
     name: str
     values: np.ndarray
-    covariance: np.ndarray
+    factor: np.ndarray
 
-    def size(self):
-        """Return the mean square of the values, in units of their variance."""
-        return float(np.mean(self.values**2 / np.diag(self.covariance)))
+    def squares(self):
+        """Return the squares of the values in units of their variance by chance."""
+        return self.values**2 / np.square(self.factor).sum(axis=1)
 
 
-def discrepancy(statistics, y, n_classes):
-    """Compare a layer's stored means with those of clean images.
+class Comparison:
+    """Stored means of several layers against the means of clean images.
+
+    Chance is taken for normal. Its covariance, over the features of all layers, adds up
+    what there is in the means of the clean images, so many of each class; in the stored
+    means, which forget all but the last mini-batches; and in the shares that classes
+    have of the training images. What the classes' shares, or the choice of the clean
+    images, do to one layer they do to the next: so each layer is judged by what the
+    layers before it leave unexplained.
 
     Parameters
     ----------
-    statistics : Statistics
+    layers : list of Statistics
+        As a pass meets them.
     y : ndarray of shape (n_samples,) of int
         Class indices of the images seen.
     n_classes : int
-
-    Returns
-    -------
-    Discrepancy
-        ``covariance`` adds up what there is by chance: in the mean of the clean
-        images, so many of each class; in the stored mean, which forgets all but the
-        last mini-batches; and in the shares that classes have of the training images.
     """
-    name, stored, momentum, seen = statistics
-    means = np.stack([seen[y == k].mean(axis=0) for k in range(n_classes)])
-    inner = seen - means[y]
-    within = inner.T @ inner / max(1, len(seen) - n_classes)
-    outer = means - means.mean(axis=0)
-    between = outer.T @ outer / n_classes
-    n_stored = _TRAINED_WITH * (2 / np.clip(momentum, 1e-6, 1) - 1)
-    covariance = (
-        within / len(seen)
-        + (within + between) / n_stored
-        + _CLASS_SHARE_SD**2 * between / n_classes
-    )
-    tiny = 1e-9 * np.trace(covariance) + np.finfo(float).tiny
-    covariance[np.diag_indices_from(covariance)] += tiny
-    return Discrepancy(name, stored - seen.mean(axis=0), covariance)
+
+    def __init__(self, layers, y, n_classes):
+        self.names = [layer.name for layer in layers]
+        self.spread = np.concatenate([layer.spread for layer in layers])
+        sizes = [len(layer.spread) for layer in layers]
+        ends = np.cumsum(sizes)
+        self.slices = [slice(b - n, b) for b, n in zip(ends, sizes, strict=True)]
+        seen = np.concatenate([layer.seen for layer in layers], axis=1) / self.spread
+        stored = np.concatenate([layer.stored for layer in layers]) / self.spread
+        means = np.stack([seen[y == k].mean(axis=0) for k in range(n_classes)])
+        self.values = stored - seen.mean(axis=0)
+        n_free = max(1, len(seen) - n_classes)
+        within = LedoitWolf(assume_centered=True).fit(seen - means[y]).covariance_
+        within *= len(seen) / n_free
+        # what each class adds to the means where its share is twice as large
+        self.moves = (means - means.mean(axis=0)) / n_classes
+        between = n_classes * self.moves.T @ self.moves
+        momentum = np.clip(max(layer.momentum for layer in layers), 1e-6, 1)
+        n_stored = _TRAINED_WITH * (2 / momentum - 1)
+        self.covariance = within / len(seen) + (within + between) / n_stored
+        tiny = 1e-6 * max(self.covariance.diagonal().mean(), 1e-6)
+        self.covariance[np.diag_indices_from(self.covariance)] += tiny
+
+    def share_sd(self):
+        """Return the most likely spread of the classes' shares of the training images.
+
+        Returns
+        -------
+        float
+            Relative; from all layers but the last, where poison shows as a share too.
+        """
+        before = slice(self.slices[-1].start)
+        values, moves = self.values[before], self.moves[:, before]
+        factor = cholesky(self.covariance[before, before], lower=True)
+        white = solve_triangular(factor, np.column_stack([values, moves.T]), lower=True)
+        values, moves = white[:, 0], white[:, 1:]
+        sizes, axes = np.linalg.eigh(moves.T @ moves)
+        along = (axes.T @ (moves.T @ values)) ** 2
+        tried = np.geomspace(_SHARE_SD, _LARGEST_SHARE_SD, 30)
+        square = np.square(tried)[:, None]
+        scale = 1 + square * sizes
+        fit = (square * along / scale - np.log(scale)).sum(axis=1)
+        return float(tried[fit.argmax()])
+
+    def sizes(self):
+        """Return each layer's mean square difference, in units of its variance."""
+        variance = self.covariance.diagonal() + np.square(_SHARE_SD * self.moves).sum(0)
+        squares = self.values**2 / variance
+        return np.array([squares[part].mean() for part in self.slices])
+
+    def discrepancies(self, share_sd):
+        """Compare layer by layer.
+
+        Parameters
+        ----------
+        share_sd : float
+            Spread of the classes' shares that the last layer allows for; the others, in
+            which it hardly shows, allow for 0.1.
+
+        Returns
+        -------
+        list of Discrepancy
+            In the layers' own units. Where earlier layers differ by more than chance,
+            so much wider is chance.
+        """
+        found = self._unexplained(_SHARE_SD)
+        found[-1] = self._unexplained(share_sd)[-1]
+        squares = [one.squares() for one in found]
+        for number in range(1, len(found)):
+            name, values, factor = found[number]
+            wider = max(1.0, np.concatenate(squares[:number]).mean())
+            found[number] = Discrepancy(name, values, np.sqrt(wider) * factor)
+        return found
+
+    def _unexplained(self, share_sd):
+        covariance = self.covariance + share_sd**2 * self.moves.T @ self.moves
+        factor = cholesky(covariance, lower=True)
+        white = solve_triangular(factor, self.values, lower=True)
+        return [
+            Discrepancy(
+                name,
+                self.spread[part] * (factor[part, part] @ white[part]),
+                self.spread[part, None] * factor[part, part],
+            )
+            for name, part in zip(self.names, self.slices, strict=True)
+        ]
 
 
 def replay(victim, images, y, name, shifts):
@@ -206,13 +288,15 @@ def chance_of(found, drawn):
     Returns
     -------
     ndarray of shape (n_classes,) in 0...1
-        From a Gumbel distribution of the largest log-odds, by moments.
+        From a Gumbel distribution of the largest log-odds, by moments; at least the
+        share of draws that lead as many images to a class.
     """
-    largest = _log_odds(drawn).max(axis=1)
+    odds, largest = _log_odds(found), _log_odds(drawn).max(axis=1)
     spread = max(largest.std(ddof=1), _MIN_SPREAD)
     scale = spread * np.sqrt(6) / np.pi
     start = largest.mean() - np.euler_gamma * scale
-    return stats.gumbel_r.sf(_log_odds(found), start, scale)
+    share = (largest[:, None] >= odds).mean(axis=0)
+    return np.maximum(share, stats.gumbel_r.sf(odds, start, scale))
 
 
 def _log_odds(rates):
