@@ -65,6 +65,7 @@ def by_method(engineer):
             "p_values": one.p_values_.tolist(),
             "anomaly_indices": one.anomaly_indices_.tolist(),
             "image_passes": one.n_image_passes_._asdict(),
+            **_traces(one),
             **_pairs(one),
         }
         for name, one in engineer.engineers_.items()
@@ -80,13 +81,13 @@ def judged(record):
     p, methods = [], {}
     for name, seen in record["config"]["methods"].items():
         engineer = engineers[name]
-        if engineer.sources == "pairs":
+        if name == "batch-norm":
+            p.append(np.array(seen["p_values"]))
+        elif engineer.sources == "pairs":
             engineer.pair_norms_ = np.array(seen["pair_norms"])
             engineer.pair_converged_ = np.array(seen["pair_converged"])
             engineer.pair_margins_ = np.array(seen["pair_margins"])
             p.append(p_values_of_pairs(*engineer._judge_pairs()))
-        elif name == "batch-norm":
-            p.append(np.array(seen["p_values"]))
         else:
             prior_sd = engineer._prior_sd
             p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
@@ -129,6 +130,17 @@ def _norm(trigger):
     if trigger is None:
         return None
     return trigger.mask_norm if hasattr(trigger, "mask") else trigger.l2_norm
+
+
+def _traces(engineer):
+    """Return how clear traces are, where a search asks for them."""
+    if not hasattr(engineer, "traces_"):
+        return {}
+    return {
+        "traces": np.nan_to_num(engineer.traces_, nan=-9).round(2).tolist(),
+        "mismatch": round(engineer.mismatch_, 2),
+        "share_sd": round(engineer.share_sd_, 2),
+    }
 
 
 def _pairs(engineer):

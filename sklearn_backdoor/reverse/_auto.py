@@ -23,7 +23,7 @@ from sklearn_backdoor.reverse._search import ImagePasses
 _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
 _NEURONS, _FINE = "neurons, pairs", "additive, high frequencies"
 _STATISTICS = "batch-norm"
-_INSIDE = (NeuronReverseEngineer, BatchNormReverseEngineer)  # evidence is no image
+_IMAGES = (NCReverseEngineer, AdditiveReverseEngineer)
 _N_PAIRED = 16  # with more classes there are too many pairs
 _MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed over
 
@@ -32,9 +32,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
     """Find target classes and triggers without knowing the trigger's type.
 
     Runs searches for patches, for all source classes and for pairs, for additive
-    perturbations, and for shifts of the network's channels, asks the statistics of
-    batch-norm where there are any, and compares their p-values, corrected for the
-    number of searches.
+    perturbations, and for shifts of the network's channels; asks the statistics of
+    batch-norm, where there are any, for traces of the triggers found; and compares
+    their p-values, corrected for the number of searches.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
         classes there are too many pairs, and "patch, learnt sources" and "additive,
         high frequencies" stand for them; the latter also where the network has no
         hidden layer. With three layers of batch-norm or more, "batch-norm" by
-        `BatchNormReverseEngineer` is the fifth.
+        `BatchNormReverseEngineer` is the fifth: it takes the patches and perturbations
+        of those before it.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -89,8 +90,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
       class alone needs a far smaller trigger, see ``single_sources_``, that trigger
       goes before, if it is smaller by as much than every flagged one of its kind for
       all; one found in pairs only where no trigger for all source classes was flagged.
-      Where a search of images flags a class too, its trigger goes before that of a
-      search of neurons or of statistics, whose evidence is no image.
+      Where another search flags a class too, its trigger goes before that of a search
+      of neurons, whose evidence is no image.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -150,13 +151,19 @@ class AutoReverseEngineer(BaseReverseEngineer):
             del engineers[_FINE if of_pairs else _NEURONS]
             if not can_be_compared(ready.victim, ready.X):
                 del engineers[_STATISTICS]
+        found: list = []  # searches whose triggers may have left traces
         for engineer in engineers.values():
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
             prepared[key] = ready._replace(passes=ImagePasses(0, 0))
             run = Run(engineer, ready)
-            results = engineer._search(run)
+            if isinstance(engineer, BatchNormReverseEngineer) and found:
+                results = engineer.take(run, found)
+            else:
+                results = engineer._search(run)
             engineer._conclude(run, results)
+            if isinstance(engineer, _IMAGES):
+                found.append((engineer, run, results))
             corrected = np.minimum(1, engineer.p_values_ * len(engineers))
             engineer._set_verdict(rank_by_p(corrected, self.alpha))
             engineer._finish(run, results)
@@ -228,7 +235,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
         flagged = filled < self.alpha
         for_all = np.array([_is_for_all(engineer) for engineer in engineers])
         for_one = np.array([self._is_for_one(engineer) for engineer in engineers])
-        of_pairs = [getattr(one, "sources", "all") == "pairs" for one in engineers]
+        of_pairs = [_sources(engineer) == "pairs" for engineer in engineers]
         for_one[of_pairs] &= ~(flagged & for_all).any(axis=0)
         for number, target in np.argwhere(for_one):
             rivals = [
@@ -238,7 +245,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
             narrow = engineers[number].triggers_[target]
             for_one[number, target] = all(_is_far_smaller(narrow, r) for r in rivals)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
-        of_images = np.array([not isinstance(e, _INSIDE) for e in engineers])
+        of_images = np.array(
+            [not isinstance(engineer, NeuronReverseEngineer) for engineer in engineers]
+        )
         seen = preferred & of_images[:, None]
         preferred = np.where(seen.any(axis=0), seen, preferred)
         success = np.array([engineer.success_rates_ for engineer in engineers])
@@ -306,14 +315,19 @@ class AutoReverseEngineer(BaseReverseEngineer):
 def _is_for_all(engineer):
     """Tell for each class whether its trigger is meant for all source classes.
 
-    Of pairs it is where it was refined for all. Batch-norm does not tell sources.
+    Of pairs it is where it was refined for all.
     """
-    if isinstance(engineer, BatchNormReverseEngineer):
-        return np.zeros(len(engineer.classes_), dtype=bool)
-    sources = getattr(engineer, "sources", "all")
+    sources = _sources(engineer)
     if sources != "pairs":
         return np.full(len(engineer.classes_), sources == "all")
     return engineer.source_weights_.max(axis=1) < ALONE
+
+
+def _sources(engineer):
+    """Return what kind of sources a search's triggers are for."""
+    if isinstance(engineer, BatchNormReverseEngineer):
+        return "pairs"  # for one or for all, as they were found
+    return getattr(engineer, "sources", "all")
 
 
 def _is_far_smaller(narrow, wide):

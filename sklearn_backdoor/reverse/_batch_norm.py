@@ -1,27 +1,29 @@
-"""What poisoned images left behind in the statistics of batch-norm."""
+"""Triggers that left a trace in the statistics of batch-norm."""
 
+import os
 import warnings
+from copy import copy
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from sklearn_backdoor._torch import borrowed_random_state, to_tensor
+from sklearn_backdoor._torch import borrowed_random_state
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._additive import DETECTION_RATE
+from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._anomaly import rank_by_p
-from sklearn_backdoor.reverse._fast import FastReverseEngineer
-from sklearn_backdoor.reverse._forms import AdditiveSearch
-from sklearn_backdoor.reverse._search import ImagePasses, Task
+from sklearn_backdoor.reverse._base import BaseReverseEngineer
+from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
+from sklearn_backdoor.reverse._run import Run
+from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._statistics import (
     Comparison,
-    chance_of,
+    features_of,
     layer_statistics,
-    replay,
 )
 
-_N_IMAGES = 64  # on which a difference is replayed
-_REPLAYED = 20.0  # times: what a twentieth of the training images left, as in all
-_N_DRAWS = 60  # differences of chance
+_N_IMAGES = 64  # on which a trigger's effect is taken
+_STEPS, _BATCH_SIZE = 60, 16
 _MIN_LAYERS = 3
 _N_LAYERS = 6  # of those between the first and the last
 _MUCH = 3.0  # standard errors
@@ -30,7 +32,7 @@ _CLEARLY_LESS = 0.5  # has to be left by an augmentation, of what is without
 
 
 def can_be_compared(victim, X):
-    """Tell whether there are layers between the first and the last of batch-norm.
+    """Tell whether there are enough layers of batch-norm.
 
     Parameters
     ----------
@@ -71,17 +73,17 @@ def usual_augmentations(image_shape):
     }
 
 
-class BatchNormReverseEngineer(FastReverseEngineer):
-    """Find the target class by what poisoned images left in batch-norm's statistics.
+class BatchNormReverseEngineer(BaseReverseEngineer):
+    """Find the trigger that left a trace in batch-norm's statistics.
 
     Batch-norm keeps the means that its inputs had while the network was trained, on
-    poisoned images too. Where these differ from the means on clean images, the
-    difference is what the trigger does inside the network, thinned by the share of
-    poisoned images. Replayed twentyfold on clean images it leads them to the attacker's
-    target; a difference of chance leads nowhere. Faint patterns over the whole image
-    betray themselves so, and patches by the last layer, in which more images are taken
-    for the target than the layers before it account for: without a search, and where
-    none can tell a trigger from the perturbations that fool any network.
+    poisoned images too. These differ from the means on clean images by what the
+    attacker's trigger does inside the network, thinned by the share of poisoned images.
+    So patches and additive perturbations are searched for each class, as small as may
+    be, and each is asked for its trace: is what it does inside the network part of that
+    difference? A perturbation that fools the network as it would fool any other was not
+    there in training, and left none. How small a trigger is plays no part, nor what
+    other classes need.
 
     Parameters
     ----------
@@ -95,68 +97,57 @@ class BatchNormReverseEngineer(FastReverseEngineer):
         padded images and resized crops, what explains the statistics best: none,
         unless another leaves less than half of the difference.
     alpha : float in 0...1, default=0.05
-        Classes with a p-value below are flagged.
+        A class with a p-value below is flagged.
     n_jobs, random_state, verbose, checkpoint_dir
         As in `NCReverseEngineer`.
 
     Attributes
     ----------
+    traces_ : ndarray of shape (n_classes,)
+        How clear the clearest trace of a class's triggers is, in standard errors.
     layers_ : list of str
-        Layers whose difference was replayed: up to six between the first and the last,
-        and the last.
-    replays_ : ndarray of shape (n_layers, n_classes) in 0...1
-        Mean probability of each class, on images of others, with a layer's difference
-        added twentyfold.
+        Layers that were compared: the first, the last, and up to six between.
     augmentation_ : str
         That was taken.
     mismatch_ : float
         Root mean square of the first layer's difference, in standard errors: above 1
-        where clean images are not like those of the training. The null of the next
-        layers is as much wider.
+        where clean images are not like those of the training.
     share_sd_ : float in 0.1...1.5
         How much the classes' shares of the training images seem to differ, relative
-        standard deviation: the null of the last layer allows for it.
-    triggers_ : list of AdditiveTrigger
-        For each class, the perturbation that `AdditiveReverseEngineer` finds for all
-        sources with mini-batches of 16; refined for flagged classes.
+        standard deviation; allowed for.
+    triggers_ : list of PatchTrigger or AdditiveTrigger
+        For each class, the one with the clearest trace; refined for the class flagged.
     norms_ : ndarray of shape (n_classes,)
-        Their L2 norms. The verdict does not depend on them.
+        Their norms, L1 of masks and L2 of perturbations.
     p_values_ : ndarray of shape (n_classes,)
-        Probability that a difference of chance leads as many images to one class, for
-        the layer with the smallest, corrected for the number of layers; 1 where no
-        trigger was found.
+        Probability that chance makes a trace as clear, allowing for the number of
+        triggers. 1 for all classes but one, which has the clearest: triggers of other
+        classes share what they do inside the network.
+    source_weights_, single_sources_
+        As in `NCReverseEngineer`, of the searches that found the triggers.
     others
-        As in `NCReverseEngineer`.
+        As in `NCReverseEngineer`, without those of pairs; anomaly indices are NaN.
 
     Notes
     -----
-    - Each layer is replayed by what the layers before it do not explain, so that more
-      images of a class in the training, which show in all layers, are told from images
-      that only the last ones take for it.
-    - Chance is drawn for each network anew, 60 times a layer: the sampling error of the
-      clean images and of the last mini-batches (32 images each, or more), and shares of
-      classes that differ by a tenth, in the last layer by ``share_sd_``; wider where
-      earlier layers differ by more than that. These and the factor of 20 were chosen by
-      attacks of one seed and 60 clean networks, none of which is flagged at 0.01.
-    - Little poison moves the means too little: where patches of one source class are a
-      twentieth of the training images, most stay unseen.
+    - The difference is taken for normal, see the sum of what chance there is: sampling
+      error of the clean images and of the last mini-batches (32 images each, or more),
+      and the classes' shares. A trace is a matched filter's score: the best linear
+      estimate of the trigger's share of the training, over its standard error. It is
+      compared with Student's t. Where the difference as a whole is larger than by
+      chance, so is the error.
+    - In `AutoReverseEngineer` it takes the triggers that the other searches found.
     - Statistics that are not of the training, as of a network whose batch-norm was
       frozen while it was fine-tuned, show as a large ``mismatch_``, of which a warning
       tells above 3, and prove little.
     - That the statistics differ at backdoored channels is known, and used to prune
-      these; that they point to the target, and the test, are ours.
+      these; to ask them for found triggers, and the test, are ours.
 
     References
     ----------
     Zheng, Tang, Li, Liu: Pre-activation distributions expose backdoor neurons. NeurIPS
     2022.
     """
-
-    _kind = AdditiveSearch
-    sources = "all"
-    success_rate = None
-    max_steps = 60
-    batch_size = 16
 
     def __init__(
         self,
@@ -178,7 +169,6 @@ class BatchNormReverseEngineer(FastReverseEngineer):
         self.checkpoint_dir = checkpoint_dir
 
     def _check_params(self):
-        super()._check_params()
         check_number(self.alpha, "alpha", 0, 1)
         if self.augmentation not in ("auto", "none") and not callable(
             self.augmentation
@@ -188,50 +178,97 @@ class BatchNormReverseEngineer(FastReverseEngineer):
                 "callable from an image to an image."
             )
 
-    @property
-    def _rate(self):
-        return DETECTION_RATE
-
     def _search(self, run):
-        self._compare_statistics(run)
-        results = super()._search(run)
-        # with many classes not all are searched; those that matter are
-        suspects = rank_by_p(self._replayed_p, self.alpha).tolist()
-        tasks = [Task(number) for number in suspects if not results[number].judged]
-        found = run(self._grouped(tasks), "suspects") if tasks else []
-        for task, result in zip(tasks, found, strict=True):
-            results[task.target] = result._replace(reference=False)
-        return results
+        return self.take(run, self._search_triggers(run))
 
-    def _compare_statistics(self, run):
-        """Replay what differs; set a p-value a class."""
-        rng = np.random.default_rng(run.seeds)
-        found = self._explain(run)
-        self.mismatch_ = float(np.sqrt(found.sizes()[0]))
-        self.share_sd_ = found.share_sd()
+    def take(self, run, found):
+        """Ask triggers that were found for their traces.
+
+        Parameters
+        ----------
+        run : Run
+        found : list of (reverse engineer, Run, list of SearchResult)
+            Searches that were concluded.
+
+        Returns
+        -------
+        list of SearchResult
+            For each class, of the trigger with the clearest trace.
+        """
+        comparison = self._explain(run)
+        self.layers_ = comparison.names
+        self.mismatch_ = float(np.sqrt(comparison.sizes()[0]))
+        self.share_sd_ = comparison.share_sd()
         if self.mismatch_ > _MUCH:
             warnings.warn(
-                f"what batch-norm stored in layer {found.names[0]} is "
+                f"what batch-norm stored in layer {comparison.names[0]} is "
                 f"{self.mismatch_:.1f} standard errors from what it is on D_Defense, "
                 "so that its statistics prove little: the training's images were "
                 "others. If they were augmented, name the transform: "
                 "BatchNormReverseEngineer(augmentation=...).",
                 stacklevel=4,
             )
-        rows = rng.permutation(len(run.X))[:_N_IMAGES]
-        images, y = to_tensor(run.X[rows], "cpu"), run.y[rows]
-        p, replays = [], []
-        for name, values, factor in found.discrepancies(self.share_sd_)[1:]:
-            drawn = rng.standard_normal((_N_DRAWS, len(values))) @ factor.T
-            shifts = _REPLAYED * np.vstack([values, drawn])
-            rates = replay(run.victim, images, y, name, shifts)
-            run.passes += ImagePasses(len(shifts) * len(rows), 0)
-            replays.append(rates[0])
-            p.append(chance_of(rates[0], rates[1:]))
-        self.layers_ = found.names[1:]
-        self.replays_ = np.array(replays)
-        smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
-        self._replayed_p = np.minimum(1, smallest * len(p))
+        converged = np.array([[r.converged for r in results] for *_, results in found])
+        traces = np.full(converged.shape, -np.inf)
+        effects = self._effects(run, found, converged)
+        traces[converged] = comparison.scores(effects, self.share_sd_)
+        chosen = traces.argmax(axis=0)
+        best = traces.max(axis=0)
+        self.traces_ = np.where(converged.any(axis=0), best, np.nan)
+        self._p = np.full(len(best), 1.0 if converged.any() else np.nan)
+        if converged.any():
+            tail = stats.t.sf(best.max(), comparison.n_free)
+            self._p[best.argmax()] = min(1.0, tail * converged.sum())
+        self._origins = [found[k] for k in chosen]
+        return [
+            found[k][2][target]._replace(judged=False)
+            for target, k in enumerate(chosen)
+        ]
+
+    def _search_triggers(self, run):
+        """Search patches and additive perturbations for each class."""
+        made = {
+            "patch": NCReverseEngineer(self.victim),
+            "additive": AdditiveReverseEngineer(self.victim, sources="all"),
+        }
+        found = []
+        for name, engineer in made.items():
+            folder = self.checkpoint_dir
+            engineer.set_params(
+                max_steps=_STEPS,
+                batch_size=_BATCH_SIZE,
+                n_jobs=self.n_jobs,
+                random_state=self.random_state,
+                verbose=self.verbose,
+                checkpoint_dir=None if folder is None else os.path.join(folder, name),
+            )
+            part = Run(engineer, run.prepared._replace(passes=ImagePasses(0, 0)))
+            results = engineer._search(part)
+            engineer._conclude(part, results)
+            run.passes += part.passes
+            found.append((engineer, part, results))
+        return found
+
+    def _effects(self, run, found, converged):
+        """Return by how much each converged trigger moves the layers' features."""
+        rng = np.random.default_rng(run.seeds)
+        order = rng.permutation(len(run.X))
+        clean = self._features(run, run.X[order])
+        y = run.y[order]
+        effects = []
+        for (*_, results), usable in zip(found, converged, strict=True):
+            for target in np.flatnonzero(usable):
+                weights = results[target].source_weights
+                meant = y != target if weights is None else weights[y] > 0
+                rows = np.flatnonzero(meant)[:_N_IMAGES]
+                stamped = results[target].trigger.embed(run.X[order[rows]])
+                moved = self._features(run, stamped) - clean[rows]
+                effects.append(moved.mean(axis=0))
+        return np.array(effects).reshape(-1, clean.shape[1])
+
+    def _features(self, run, X):
+        run.passes += ImagePasses(len(X), 0)
+        return features_of(_chosen(layer_statistics(run.victim, X)))
 
     def _explain(self, run):
         """Compare under the augmentation that leaves the least difference."""
@@ -260,12 +297,40 @@ class BatchNormReverseEngineer(FastReverseEngineer):
                 plain = left
         return best
 
+    def _open_search(self, problem, tasks, generators, stage, **options):
+        raise NotImplementedError("the searches are those of other engineers")
+
+    def _conclude(self, run, results):
+        super()._conclude(run, results)
+        self.single_sources_: dict = {}
+        others = 1.0 - np.eye(len(results))
+        self.source_weights_ = others / others.sum(axis=1, keepdims=True)
+        for number, result in enumerate(results):
+            if result.source_weights is not None:
+                self.source_weights_[number] = result.source_weights
+
     def _p_values(self, results, judged):
-        converged = np.array([result.converged for result in results])
-        return np.where(converged, self._replayed_p, 1.0)
+        return self._p
 
     def _flag(self):
         return rank_by_p(self.p_values_, self.alpha)
+
+    def _finish(self, run, results):
+        """Refine the trigger of the flagged class as the search does that found it."""
+        origins = self.__dict__.pop("_origins")
+        for number in np.flatnonzero(np.isin(self.classes_, self.target_classes_)):
+            engineer, part, found = origins[number]
+            before = part.passes
+            twin = copy(engineer)
+            twin._conclude(part, found)
+            twin._set_verdict([number])
+            twin._finish(part, found)
+            run.passes += ImagePasses(*np.subtract(part.passes, before).tolist())
+            self.triggers_[number] = self.trigger_ = twin.triggers_[number]
+            self.success_rates_[number] = twin.success_rates_[number]
+            self.single_sources_ = twin.single_sources_
+            if twin.source_weights_ is not None:
+                self.source_weights_[number] = twin.source_weights_[number]
 
 
 def _chosen(layers):

@@ -37,7 +37,7 @@ class Run:
     """
 
     def __init__(self, engineer, prepared):
-        self.engineer = engineer
+        self.engineer, self.prepared = engineer, prepared
         self.victim, self.X, self.y, self.bfloat16, self.passes = prepared
         victim = self.victim
         n_classes = len(victim.classes_)

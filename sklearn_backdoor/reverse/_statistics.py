@@ -1,12 +1,10 @@
-"""Statistics of batch-norm against clean images, and what their difference does."""
+"""Statistics of batch-norm against clean images, and what triggers leave in them."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from scipy.linalg import cholesky, solve_triangular
-from scipy.special import logit
 from sklearn.covariance import LedoitWolf
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,8 +15,6 @@ from sklearn_backdoor.reverse._search import as_array
 _BATCH = 64  # images a forward pass
 _TRAINED_WITH = 32  # images a mini-batch, at least
 _SHARE_SD, _LARGEST_SHARE_SD = 0.1, 1.5  # of a class's share of the images, relative
-_SMALLEST_SHARE = 1e-4
-_MIN_SPREAD = 0.25  # of the log-odds of what chance leads to
 
 
 class Statistics(NamedTuple):
@@ -117,21 +113,6 @@ def _augmented(images, transform):
     return torch.stack(given)
 
 
-class Discrepancy(NamedTuple):
-    """Stored means minus those of clean images, less what earlier layers explain.
-
-    ``factor`` times standard normal numbers is what chance makes of ``values``.
-    """
-
-    name: str
-    values: np.ndarray
-    factor: np.ndarray
-
-    def squares(self):
-        """Return the squares of the values in units of their variance by chance."""
-        return self.values**2 / np.square(self.factor).sum(axis=1)
-
-
 class Comparison:
     """Stored means of several layers against the means of clean images.
 
@@ -139,8 +120,7 @@ class Comparison:
     what there is in the means of the clean images, so many of each class; in the stored
     means, which forget all but the last mini-batches; and in the shares that classes
     have of the training images. What the classes' shares, or the choice of the clean
-    images, do to one layer they do to the next: so each layer is judged by what the
-    layers before it leave unexplained.
+    images, do to one layer they do to the next.
 
     Parameters
     ----------
@@ -161,7 +141,7 @@ class Comparison:
         stored = np.concatenate([layer.stored for layer in layers]) / self.spread
         means = np.stack([seen[y == k].mean(axis=0) for k in range(n_classes)])
         self.values = stored - seen.mean(axis=0)
-        n_free = max(1, len(seen) - n_classes)
+        self.n_free = n_free = max(1, len(seen) - n_classes)
         within = LedoitWolf(assume_centered=True).fit(seen - means[y]).covariance_
         within *= len(seen) / n_free
         # what each class adds to the means where its share is twice as large
@@ -200,104 +180,39 @@ class Comparison:
         squares = self.values**2 / variance
         return np.array([squares[part].mean() for part in self.slices])
 
-    def discrepancies(self, share_sd):
-        """Compare layer by layer.
+    def scores(self, effects, share_sd):
+        """Return how clearly the difference holds what triggers do to the features.
 
         Parameters
         ----------
+        effects : ndarray of shape (n_triggers, n_features)
+            By how much each trigger moves the means of all layers.
         share_sd : float
-            Spread of the classes' shares that the last layer allows for; the others, in
-            which it hardly shows, allow for 0.1.
+            Spread of the classes' shares that is allowed for.
 
         Returns
         -------
-        list of Discrepancy
-            In the layers' own units. Where earlier layers differ by more than chance,
-            so much wider is chance.
-        """
-        found = self._unexplained(_SHARE_SD)
-        found[-1] = self._unexplained(share_sd)[-1]
-        squares = [one.squares() for one in found]
-        for number in range(1, len(found)):
-            name, values, factor = found[number]
-            wider = max(1.0, np.concatenate(squares[:number]).mean())
-            found[number] = Discrepancy(name, values, np.sqrt(wider) * factor)
-        return found
+        ndarray of shape (n_triggers,)
+            The best linear estimate of a trigger's share of the training images, in
+            standard errors: chance makes it about standard normal. Where the difference
+            as a whole is larger than by chance, so much larger is the error. 0 for a
+            trigger that moves nothing.
 
-    def _unexplained(self, share_sd):
+        Notes
+        -----
+        The matched filter: signature and data are whitened by the noise's covariance.
+        """
         covariance = self.covariance + share_sd**2 * self.moves.T @ self.moves
         factor = cholesky(covariance, lower=True)
-        white = solve_triangular(factor, self.values, lower=True)
-        return [
-            Discrepancy(
-                name,
-                self.spread[part] * (factor[part, part] @ white[part]),
-                self.spread[part, None] * factor[part, part],
-            )
-            for name, part in zip(self.names, self.slices, strict=True)
-        ]
+        columns = np.column_stack([self.values, (effects / self.spread).T])
+        white = solve_triangular(factor, columns, lower=True)
+        values, signatures = white[:, 0], white[:, 1:]
+        wider = max(1.0, np.sqrt(np.mean(values**2)))
+        norms = np.linalg.norm(signatures, axis=0)
+        along = signatures.T @ values
+        return np.divide(along, wider * norms, np.zeros_like(along), where=norms > 0)
 
 
-def replay(victim, images, y, name, shifts):
-    """Shift what a layer sees, all images and places alike.
-
-    Parameters
-    ----------
-    victim : VictimNetwork
-        Fitted.
-    images : tensor of shape (n_samples, n_channels, height, width)
-    y : ndarray of shape (n_samples,) of int
-    name : str
-        The layer.
-    shifts : ndarray of shape (n_shifts, n_features)
-
-    Returns
-    -------
-    ndarray of shape (n_shifts, n_classes) in 0...1
-        Mean probability of each class over the images that are not of it.
-    """
-    n_classes = len(victim.classes_)
-    others = y[:, None] != np.arange(n_classes)
-    counts = np.maximum(others.sum(axis=0), 1)
-    rates = np.empty((len(shifts), n_classes))
-    now = torch.empty(0)
-
-    def shift(module, inputs):
-        values = inputs[0]
-        row = now.to(values).view(1, -1, *[1] * (values.ndim - 2))
-        return (values + row, *inputs[1:])
-
-    images = images.to(victim.device_)
-    module = victim.network_.get_submodule(name)
-    with hooked(victim, [(module.register_forward_pre_hook, shift)]) as logits:
-        for number, row in enumerate(shifts):
-            now = torch.from_numpy(row)
-            chances = as_array(logits(images).float().softmax(1))
-            rates[number] = (chances * others).sum(axis=0) / counts
-    return rates
-
-
-def chance_of(found, drawn):
-    """Return the p-value of each rate against the largest ones that chance leads to.
-
-    Parameters
-    ----------
-    found : ndarray of shape (n_classes,) in 0...1
-    drawn : ndarray of shape (n_draws, n_classes)
-
-    Returns
-    -------
-    ndarray of shape (n_classes,) in 0...1
-        From a Gumbel distribution of the largest log-odds, by moments; at least the
-        share of draws that lead as many images to a class.
-    """
-    odds, largest = _log_odds(found), _log_odds(drawn).max(axis=1)
-    spread = max(largest.std(ddof=1), _MIN_SPREAD)
-    scale = spread * np.sqrt(6) / np.pi
-    start = largest.mean() - np.euler_gamma * scale
-    share = (largest[:, None] >= odds).mean(axis=0)
-    return np.maximum(share, stats.gumbel_r.sf(odds, start, scale))
-
-
-def _log_odds(rates):
-    return logit(np.clip(rates, _SMALLEST_SHARE, 1 - _SMALLEST_SHARE))
+def features_of(layers):
+    """Return what layers see, side by side: (n_samples, n_features)."""
+    return np.concatenate([layer.seen for layer in layers], axis=1)
