@@ -185,6 +185,7 @@ def test_a_trace_is_the_estimate_of_a_share_over_its_error():
         expected.append(share * np.sqrt(information))
     wider = np.sqrt(found.values @ precision @ found.values / len(found.values))
     assert wider > 1
+    wider *= np.sqrt(1 + 16 / (5 * 40 - 5))
     scores = found.scores(signatures, 0.4)
     np.testing.assert_allclose(scores, [*np.divide(expected, wider), 0])
 

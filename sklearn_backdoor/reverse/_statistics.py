@@ -201,6 +201,8 @@ class Comparison:
         Notes
         -----
         The matched filter: signature and data are whitened by the noise's covariance.
+        That of many features looks narrower than it is on few images: standard errors
+        are taken to be larger by sqrt(1 + n_features / n_free).
         """
         covariance = self.covariance + share_sd**2 * self.moves.T @ self.moves
         factor = cholesky(covariance, lower=True)
@@ -208,6 +210,7 @@ class Comparison:
         white = solve_triangular(factor, columns, lower=True)
         values, signatures = white[:, 0], white[:, 1:]
         wider = max(1.0, np.sqrt(np.mean(values**2)))
+        wider *= np.sqrt(1 + len(values) / self.n_free)
         norms = np.linalg.norm(signatures, axis=0)
         along = signatures.T @ values
         return np.divide(along, wider * norms, np.zeros_like(along), where=norms > 0)
