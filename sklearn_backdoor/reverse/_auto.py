@@ -158,7 +158,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
             prepared[key] = ready._replace(passes=ImagePasses(0, 0))
             run = Run(engineer, ready)
             if isinstance(engineer, BatchNormReverseEngineer) and found:
-                results = engineer.take(run, found)
+                results = engineer._ask(run, found)
             else:
                 results = engineer._search(run)
             engineer._conclude(run, results)

@@ -180,9 +180,9 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
             )
 
     def _search(self, run):
-        return self.take(run, self._search_triggers(run))
+        return self._ask(run, self._search_triggers(run))
 
-    def take(self, run, found):
+    def _ask(self, run, found):
         """Ask triggers that were found for their traces.
 
         Parameters
