@@ -130,9 +130,9 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
 
     Notes
     -----
-    - The difference is taken for normal, see the sum of what chance there is: sampling
-      error of the clean images and of the last mini-batches (32 images each, or more),
-      and the classes' shares. A trace is a matched filter's score: the best linear
+    - The difference is taken for normal. Its covariance adds up what chance there is: the
+      sampling error of the clean images and of the last mini-batches (32 images each, or
+      more), and the classes' shares of the training. A trace is a matched filter's score: the best linear
       estimate of the trigger's share of the training, over its standard error. It is
       compared with Student's t. Where the difference as a whole is larger than by
       chance, so is the error; and where there are many features for few images, by a
