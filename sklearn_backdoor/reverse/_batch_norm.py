@@ -130,13 +130,14 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
 
     Notes
     -----
-    - The difference is taken for normal. Its covariance adds up what chance there is: the
-      sampling error of the clean images and of the last mini-batches (32 images each, or
-      more), and the classes' shares of the training. A trace is a matched filter's
-      score: the best linear estimate of the trigger's share of the training, over its
-      standard error. It is compared with Student's t. Where the difference as a whole is
-      larger than by chance, so is the error; and where there are many features for few
-      images, by a factor chosen so that of 60 clean networks none is flagged.
+    - The difference is taken for normal. Its covariance adds up what chance there is:
+      the sampling error of the clean images and of the last mini-batches (32 images
+      each, or more), and the classes' shares of the training. A trace is a matched
+      filter's score: the best linear estimate of the trigger's share of the training,
+      over its standard error. It is compared with Student's t. Where the difference as
+      a whole is larger than by chance, so is the error; and where there are many
+      features for few images, by a factor chosen so that of 60 clean networks none is
+      flagged.
     - In `AutoReverseEngineer` it takes the triggers that the other searches found.
     - Statistics that are not of the training, as of a network whose batch-norm was
       frozen while it was fine-tuned, show as a large ``mismatch_``, of which a warning
