@@ -23,7 +23,11 @@ from sklearn_backdoor import (
     white_box,
 )
 from sklearn_backdoor.datasets import load_digits
-from sklearn_backdoor.reverse._batch_norm import can_be_compared, usual_augmentations
+from sklearn_backdoor.reverse._batch_norm import (
+    _clear_and_small,
+    can_be_compared,
+    usual_augmentations,
+)
 from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._statistics import (
     Comparison,
@@ -403,6 +407,21 @@ def test_jobs_and_checkpoints_change_nothing(digits, faint, tmp_path):
     for augmentation in (v2.Identity(), np.copy):
         with pytest.raises(ValueError, match="augmentation was 'auto', now"):
             clone(kept).set_params(augmentation=augmentation).fit(X, y)
+
+
+def test_of_clear_traces_that_of_the_smallest_trigger_is_named():
+    norms = np.array([[40.0, 20.0, 60.0, 40.0, 40.0], [4.0, 1.0, 4.0, 0.5, 4.0]])
+    converged = np.ones((2, 5), dtype=bool)
+    traces = np.array([[5.0, 3.0, 1.0, 0.0, 0.0], [6.0, 4.5, 2.0, 2.9, -1.0]])
+    # 3 is not half as clear as 6; of the others 1 needs a quarter, in its search
+    assert _clear_and_small(traces, norms, converged) == 1
+    norms[:, 1] = 30, 3.5
+    assert _clear_and_small(traces, norms, converged) == 0
+    converged[1] = [True, False, True, True, True]
+    assert _clear_and_small(traces, norms, converged) == 0
+    nothing = np.where(np.eye(2, 5, dtype=bool), -0.1, -np.inf)
+    converged = np.eye(2, 5, dtype=bool)
+    assert _clear_and_small(nothing, np.zeros((2, 5)), converged) == 0
 
 
 @pytest.mark.parametrize("n_classes", [2, 12])

@@ -29,6 +29,7 @@ _N_LAYERS = 6  # of those between the first and the last
 _MUCH = 3.0  # standard errors
 _CROP = 8  # as many times the padding before a crop is the side
 _CLEARLY_LESS = 0.5  # has to be left by an augmentation, of what is without
+_CLEAR = 0.5  # of the clearest trace: less clear ones are not named
 
 
 def can_be_compared(victim, X):
@@ -82,8 +83,8 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
     So patches and additive perturbations are searched for each class, as small as may
     be, and each is asked for its trace: is what it does inside the network part of that
     difference? A perturbation that fools the network as it would fool any other was not
-    there in training, and left none. How small a trigger is plays no part, nor what
-    other classes need.
+    there in training, and left none, however small it is. Norms only tell which of the
+    classes with clear traces the trigger leads to.
 
     Parameters
     ----------
@@ -120,9 +121,11 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
     norms_ : ndarray of shape (n_classes,)
         Their norms, L1 of masks and L2 of perturbations.
     p_values_ : ndarray of shape (n_classes,)
-        Probability that chance makes a trace as clear, allowing for the number of
-        triggers. 1 for all classes but one, which has the clearest: triggers of other
-        classes share what they do inside the network.
+        Probability that chance makes a trace as clear as the clearest, allowing for the
+        number of triggers. It is given to one class, 1 to the others, as triggers share
+        what they do inside the network: of the traces that are at least half as clear
+        as the clearest, the one whose trigger is smallest for it, in medians of its
+        search, is named.
     source_weights_, single_sources_
         As in `NCReverseEngineer`, of the searches that found the triggers.
     others
@@ -220,7 +223,9 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
         self._p = np.full(len(best), 1.0 if converged.any() else np.nan)
         if converged.any():
             tail = stats.t.sf(best.max(), comparison.n_free)
-            self._p[best.argmax()] = min(1.0, tail * converged.sum())
+            norms = np.array([engineer.norms_ for engineer, *_ in found])
+            named = _clear_and_small(traces, norms, converged)
+            self._p[named] = min(1.0, tail * converged.sum())
         self._origins = [found[k] for k in chosen]
         return [
             found[k][2][target]._replace(judged=False)
@@ -333,6 +338,24 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
             self.single_sources_ = twin.single_sources_
             if twin.source_weights_ is not None:
                 self.source_weights_[number] = twin.source_weights_[number]
+
+
+def _clear_and_small(traces, norms, converged):
+    """Return the class of the trigger with the clearest trace for its size.
+
+    Parameters
+    ----------
+    traces, norms, converged : ndarray of shape (n_searches, n_classes)
+    """
+    best = np.full(traces.shape, -np.inf)
+    sizes = np.maximum(norms, 1e-9)
+    enough = traces.max() - (1 - _CLEAR) * abs(traces.max())
+    for number, usable in enumerate(converged):
+        clear = usable & (traces[number] >= enough)
+        if clear.any():
+            usual = np.median(sizes[number, usable])
+            best[number, clear] = traces[number, clear] * usual / sizes[number, clear]
+    return int(best.max(axis=0).argmax())
 
 
 def _chosen(layers):
