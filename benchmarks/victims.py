@@ -114,7 +114,7 @@ def white_box_lenet5(dataset, data, *, seed, victims=VICTIMS, epochs=10, lr=1e-3
     return *make_victim(recipe, data, victims), recipe
 
 
-def population(seeds, first=9):
+def population(seeds, first=10):
     """List the recipes of small victims: every kind of attack, and clean ones.
 
     Parameters
@@ -122,8 +122,8 @@ def population(seeds, first=9):
     seeds : int
         For each: 72 poisoned victims (three data sets, three networks, four attacks,
         one or all source classes) and 63 clean ones.
-    first : int, default=9
-        The first seed: 0 to 8 were looked at while null and search were chosen.
+    first : int, default=10
+        The first seed: 0 to 9 were looked at while null and search were chosen.
 
     Returns
     -------
