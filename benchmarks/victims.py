@@ -123,7 +123,8 @@ def population(seeds, first=10):
         For each: 72 poisoned victims (three data sets, three networks, four attacks,
         one or all source classes) and 63 clean ones.
     first : int, default=10
-        The first seed: 0 to 9 were looked at while null and search were chosen.
+        The first seed: 0 to 9 were looked at while null and search were chosen, and
+        the first lines of 10 while it was which class traces name.
 
     Returns
     -------

@@ -123,9 +123,9 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
     p_values_ : ndarray of shape (n_classes,)
         Probability that chance makes a trace as clear as the clearest, allowing for the
         number of triggers. It is given to one class, 1 to the others, as triggers share
-        what they do inside the network: of the traces that are at least half as clear
-        as the clearest, the one whose trigger is smallest for it, in medians of its
-        search, is named.
+        what they do inside the network: of the triggers whose traces are at least half
+        as clear as the clearest, the one with the largest ratio of trace to norm, in
+        medians of its search, names it.
     source_weights_, single_sources_
         As in `NCReverseEngineer`, of the searches that found the triggers.
     others
@@ -341,7 +341,7 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
 
 
 def _clear_and_small(traces, norms, converged):
-    """Return the class of the trigger with the clearest trace for its size.
+    """Return the class whose trigger has the clearest trace for its size.
 
     Parameters
     ----------
