@@ -78,7 +78,7 @@ def _population(records):
                 return record["flagged"]
             return record["config"]["methods"][name]["flagged_alone"]
 
-        attacked, spared = (  # not all have batch-norm
+        attacked, spared = (  # not all networks have each
             [r for r in some if name is None or name in r["config"]["methods"]]
             for some in (strong, clean)
         )

@@ -75,13 +75,13 @@ def by_method(engineer):
 def judged(record):
     """Return a line with the verdict of the present rule on the norms that it holds.
 
-    What batch-norm tells is no norm: its p-values stay.
+    What batch-norm and weights tell is no norm: their p-values stay.
     """
     engineers = dict(default_engineers(None))
     p, methods = [], {}
     for name, seen in record["config"]["methods"].items():
         engineer = engineers[name]
-        if name == "batch-norm":
+        if name in ("batch-norm", "weights"):
             p.append(np.array(seen["p_values"]))
         elif engineer.sources == "pairs":
             engineer.pair_norms_ = np.array(seen["pair_norms"])
@@ -136,8 +136,12 @@ def _traces(engineer):
     """Return how clear traces are, where a search asks for them."""
     if not hasattr(engineer, "traces_"):
         return {}
+    found = {"traces": np.nan_to_num(engineer.traces_, nan=-9).round(2).tolist()}
+    if hasattr(engineer, "responses_"):
+        responses = np.nan_to_num(engineer.responses_, nan=-1).round(3).tolist()
+        return {**found, "responses": responses}
     return {
-        "traces": np.nan_to_num(engineer.traces_, nan=-9).round(2).tolist(),
+        **found,
         "mismatch": round(engineer.mismatch_, 2),
         "share_sd": round(engineer.share_sd_, 2),
     }

@@ -36,6 +36,7 @@ from sklearn_backdoor.reverse import (
     NCReverseEngineer,
     NeuronReverseEngineer,
     TABORReverseEngineer,
+    WeightReverseEngineer,
 )
 from sklearn_backdoor.triggers import (
     AdditiveTrigger,
@@ -74,6 +75,7 @@ __all__ = [
     "TriggerDisplay",
     "TriggerEmbedder",
     "VictimNetwork",
+    "WeightReverseEngineer",
     "asr_score",
     "blended",
     "chessboard",

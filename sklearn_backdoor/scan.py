@@ -26,6 +26,7 @@ METHODS = {
     "additive": "AdditiveReverseEngineer",
     "neurons": "NeuronReverseEngineer",
     "batch-norm": "BatchNormReverseEngineer",
+    "weights": "WeightReverseEngineer",
     "tabor": "TABORReverseEngineer",
     "b3d": "B3DReverseEngineer",
 }

@@ -37,6 +37,7 @@ IMAGE_ESTIMATORS = [
     sb.AdditiveReverseEngineer(VICTIM),
     sb.NeuronReverseEngineer(VICTIM),
     sb.BatchNormReverseEngineer(VICTIM),
+    sb.WeightReverseEngineer(VICTIM),
     sb.TABORReverseEngineer(VICTIM),
     sb.B3DReverseEngineer(VICTIM),
     sb.AutoReverseEngineer(VICTIM),
@@ -262,6 +263,7 @@ def fitted():
                 | sb.AdditiveReverseEngineer
                 | sb.NeuronReverseEngineer
                 | sb.BatchNormReverseEngineer
+                | sb.WeightReverseEngineer
                 | sb.TABORReverseEngineer
                 | sb.B3DReverseEngineer
                 | sb.IBDPSCDetector,
@@ -345,6 +347,7 @@ PARAMETERS = {
         "augmentation": [*NO_CHOICES, None],
         "alpha": [*NO_RATES, None],
     },
+    "WeightReverseEngineer": {"alpha": [*NO_RATES, None]},
     "TABORReverseEngineer": {
         "weights": [
             3,

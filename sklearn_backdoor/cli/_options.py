@@ -4,7 +4,7 @@ import re
 
 import click
 
-_METHODS = ["auto", "patch", "additive", "neurons", "batch-norm", "tabor", "b3d"]
+_METHODS = "auto patch additive neurons batch-norm weights tabor b3d".split()
 
 
 class Size(click.ParamType):
@@ -131,7 +131,7 @@ def search_options(command):
             default="auto",
             show_default=True,
             help="auto searches patches, additive perturbations and neurons, and asks "
-            "the statistics of batch-norm.",
+            "the statistics of batch-norm or the weights.",
         ),
         click.option(
             "--jobs",

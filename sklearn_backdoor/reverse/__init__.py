@@ -8,6 +8,7 @@ from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._neurons import NeuronReverseEngineer
 from sklearn_backdoor.reverse._record import SearchRecord
 from sklearn_backdoor.reverse._tabor import TABORReverseEngineer
+from sklearn_backdoor.reverse._weights import WeightReverseEngineer
 
 __all__ = [
     "AdditiveReverseEngineer",
@@ -18,5 +19,6 @@ __all__ = [
     "NeuronReverseEngineer",
     "SearchRecord",
     "TABORReverseEngineer",
+    "WeightReverseEngineer",
     "default_engineers",
 ]

@@ -19,10 +19,13 @@ from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
 from sklearn_backdoor.reverse._neurons import NeuronReverseEngineer, hidden_layers
 from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
+from sklearn_backdoor.reverse._traces import TraceReverseEngineer
+from sklearn_backdoor.reverse._unused import weight_layers
+from sklearn_backdoor.reverse._weights import WeightReverseEngineer
 
 _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
 _NEURONS, _FINE = "neurons, pairs", "additive, high frequencies"
-_STATISTICS = "batch-norm"
+_STATISTICS, _WEIGHTS = "batch-norm", "weights"
 _IMAGES = (NCReverseEngineer, AdditiveReverseEngineer)
 _N_PAIRED = 16  # with more classes there are too many pairs
 _MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed over
@@ -144,20 +147,25 @@ class AutoReverseEngineer(BaseReverseEngineer):
         passes = ImagePasses(0, 0)
         if self.engineers is None:
             ready = prepared[_key(first)]
-            many = len(ready.victim.classes_) > _N_PAIRED
-            of_pairs = not many and len(hidden_layers(ready.victim, ready.X[:1])) > 0
+            victim, one = ready.victim, ready.X[:1]
+            many = len(victim.classes_) > _N_PAIRED
+            of_pairs = not many and len(hidden_layers(victim, one)) > 0
+            compared = can_be_compared(victim, one)
             passes += ImagePasses(1 if many else 2, 0)
             del engineers[_PAIRS if many else _LEARNT]
             del engineers[_FINE if of_pairs else _NEURONS]
-            if not can_be_compared(ready.victim, ready.X):
+            if not compared:
                 del engineers[_STATISTICS]
+            if many or compared or not weight_layers(victim, ready.X):
+                del engineers[_WEIGHTS]
+            passes += ImagePasses(0 if many or compared else 2, 0)
         found: list = []  # searches whose triggers may have left traces
         for engineer in engineers.values():
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
             prepared[key] = ready._replace(passes=ImagePasses(0, 0))
             run = Run(engineer, ready)
-            if isinstance(engineer, BatchNormReverseEngineer) and found:
+            if isinstance(engineer, TraceReverseEngineer) and found:
                 results = engineer._ask(run, found)
             else:
                 results = engineer._search(run)
@@ -325,7 +333,7 @@ def _is_for_all(engineer):
 
 def _sources(engineer):
     """Return what kind of sources a search's triggers are for."""
-    if isinstance(engineer, BatchNormReverseEngineer):
+    if isinstance(engineer, TraceReverseEngineer):
         return "pairs"  # for one or for all, as they were found
     return getattr(engineer, "sources", "all")
 
@@ -369,4 +377,5 @@ def default_engineers(victim):
         (_FINE, AdditiveReverseEngineer(victim, sources="all", min_frequency=0.75)),
         (_NEURONS, NeuronReverseEngineer(victim)),
         (_STATISTICS, BatchNormReverseEngineer(victim)),
+        (_WEIGHTS, WeightReverseEngineer(victim)),
     ]

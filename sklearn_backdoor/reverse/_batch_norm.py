@@ -1,8 +1,6 @@
 """Triggers that left a trace in the statistics of batch-norm."""
 
-import os
 import warnings
-from copy import copy
 from typing import Any
 
 import numpy as np
@@ -10,20 +8,14 @@ from scipy import stats
 
 from sklearn_backdoor._torch import borrowed_random_state
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
-from sklearn_backdoor.reverse._anomaly import rank_by_p
-from sklearn_backdoor.reverse._base import BaseReverseEngineer
-from sklearn_backdoor.reverse._neural_cleanse import NCReverseEngineer
-from sklearn_backdoor.reverse._run import Run
 from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._statistics import (
     Comparison,
     features_of,
     layer_statistics,
 )
+from sklearn_backdoor.reverse._traces import TraceReverseEngineer, images_meant
 
-_N_IMAGES = 64  # on which a trigger's effect is taken
-_STEPS, _BATCH_SIZE = 60, 16
 _MIN_LAYERS = 3
 _N_LAYERS = 6  # of those between the first and the last
 _MUCH = 3.0  # standard errors
@@ -74,7 +66,7 @@ def usual_augmentations(image_shape):
     }
 
 
-class BatchNormReverseEngineer(BaseReverseEngineer):
+class BatchNormReverseEngineer(TraceReverseEngineer):
     """Find the trigger that left a trace in batch-norm's statistics.
 
     Batch-norm keeps the means that its inputs had while the network was trained, on
@@ -183,9 +175,6 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
                 "callable from an image to an image."
             )
 
-    def _search(self, run):
-        return self._ask(run, self._search_triggers(run))
-
     def _ask(self, run, found):
         """Ask triggers that were found for their traces.
 
@@ -220,55 +209,21 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
         chosen = traces.argmax(axis=0)
         best = traces.max(axis=0)
         self.traces_ = np.where(converged.any(axis=0), best, np.nan)
-        self._p = np.full(len(best), 1.0 if converged.any() else np.nan)
+        p, named = np.nan, 0
         if converged.any():
-            tail = stats.t.sf(best.max(), comparison.n_free)
+            p = stats.t.sf(best.max(), comparison.n_free) * converged.sum()
             norms = np.array([engineer.norms_ for engineer, *_ in found])
             named = _clear_and_small(traces, norms, converged)
-            self._p[named] = min(1.0, tail * converged.sum())
-        self._origins = [found[k] for k in chosen]
-        return [
-            found[k][2][target]._replace(judged=False)
-            for target, k in enumerate(chosen)
-        ]
-
-    def _search_triggers(self, run):
-        """Search patches and additive perturbations for each class."""
-        made = {
-            "patch": NCReverseEngineer(self.victim),
-            "additive": AdditiveReverseEngineer(self.victim, sources="all"),
-        }
-        found = []
-        for name, engineer in made.items():
-            folder = self.checkpoint_dir
-            engineer.set_params(
-                max_steps=_STEPS,
-                batch_size=_BATCH_SIZE,
-                n_jobs=self.n_jobs,
-                random_state=self.random_state,
-                verbose=self.verbose,
-                checkpoint_dir=None if folder is None else os.path.join(folder, name),
-            )
-            part = Run(engineer, run.prepared._replace(passes=ImagePasses(0, 0)))
-            results = engineer._search(part)
-            engineer._conclude(part, results)
-            run.passes += part.passes
-            found.append((engineer, part, results))
-        return found
+        return self._answer(found, chosen, named, p)
 
     def _effects(self, run, found, converged):
         """Return by how much each converged trigger moves the layers' features."""
-        rng = np.random.default_rng(run.seeds)
-        order = rng.permutation(len(run.X))
-        clean = self._features(run, run.X[order])
-        y = run.y[order]
+        clean = self._features(run, run.X)
         effects = []
         for (*_, results), usable in zip(found, converged, strict=True):
             for target in np.flatnonzero(usable):
-                weights = results[target].source_weights
-                meant = y != target if weights is None else weights[y] > 0
-                rows = np.flatnonzero(meant)[:_N_IMAGES]
-                stamped = results[target].trigger.embed(run.X[order[rows]])
+                rows = images_meant(run, results[target], target)
+                stamped = results[target].trigger.embed(run.X[rows])
                 moved = self._features(run, stamped) - clean[rows]
                 effects.append(moved.mean(axis=0))
         return np.array(effects).reshape(-1, clean.shape[1])
@@ -303,41 +258,6 @@ class BatchNormReverseEngineer(BaseReverseEngineer):
             if transform is None:
                 plain = left
         return best
-
-    def _open_search(self, problem, tasks, generators, stage, **options):
-        raise NotImplementedError("the searches are those of other engineers")
-
-    def _conclude(self, run, results):
-        super()._conclude(run, results)
-        self.single_sources_: dict = {}
-        others = 1.0 - np.eye(len(results))
-        self.source_weights_ = others / others.sum(axis=1, keepdims=True)
-        for number, result in enumerate(results):
-            if result.source_weights is not None:
-                self.source_weights_[number] = result.source_weights
-
-    def _p_values(self, results, judged):
-        return self._p
-
-    def _flag(self):
-        return rank_by_p(self.p_values_, self.alpha)
-
-    def _finish(self, run, results):
-        """Refine the trigger of the flagged class as the search does that found it."""
-        origins = self.__dict__.pop("_origins")
-        for number in np.flatnonzero(np.isin(self.classes_, self.target_classes_)):
-            engineer, part, found = origins[number]
-            before = part.passes
-            twin = copy(engineer)
-            twin._conclude(part, found)
-            twin._set_verdict([number])
-            twin._finish(part, found)
-            run.passes += ImagePasses(*np.subtract(part.passes, before).tolist())
-            self.triggers_[number] = self.trigger_ = twin.triggers_[number]
-            self.success_rates_[number] = twin.success_rates_[number]
-            self.single_sources_ = twin.single_sources_
-            if twin.source_weights_ is not None:
-                self.source_weights_[number] = twin.source_weights_[number]
 
 
 def _clear_and_small(traces, norms, converged):
