@@ -52,7 +52,7 @@ class BackdoorGuard(
         A trigger value needs ``target_class``; a reverse engineer is cloned and
         fitted; the record of a search stands for it. None takes
         ``AutoReverseEngineer(victim)``: patches, additive perturbations, neurons, and
-        what batch-norm remembers.
+        what batch-norm or the weights remember.
     classifier : estimator or None, default=None
         From features to the class of origin; cloned once a target class. None takes
         `default_classifier`: ``StandardScaler``, ``LinearDiscriminantAnalysis`` as a

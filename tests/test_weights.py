@@ -5,7 +5,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from sklearn.base import clone
 from torch import nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
@@ -13,14 +13,22 @@ from torch.nn.functional import cross_entropy
 from sklearn_backdoor import (
     AdditiveReverseEngineer,
     AutoReverseEngineer,
-    NCReverseEngineer,
+    PatchTrigger,
     VictimNetwork,
     WeightReverseEngineer,
+    poison,
+    white_box,
 )
 from sklearn_backdoor.datasets import load_digits
 from sklearn_backdoor.reverse import _unused
+from sklearn_backdoor.reverse._traces import chosen_layers
 from sklearn_backdoor.reverse._unused import responses, weight_layers, weights_of
-from sklearn_backdoor.reverse._weights import _chosen, _smallest_p, _usual, _Usual
+from sklearn_backdoor.reverse._weights import (
+    _deviations,
+    _smallest_p,
+    _Usual,
+    _usual,
+)
 from tests.common import LinearNetwork, faint_fives, linear_images
 
 
@@ -140,3 +148,237 @@ def test_weights_that_know_nothing_respond_as_usual():
     (value,) = responses(victim, weights_of(victim, X, ["1"]), X, stamped)
     # one of 14 directions has 101 of 114 parts of the energy
     assert value == pytest.approx(101 / (114 / 14), rel=0.1)
+
+
+def test_what_is_usual_goes_by_a_layers_place_and_kind(mixed):
+    network, _, _ = mixed
+    found = _usual(network, LAYERS)
+    assert [layer.spread for layer in found] == [0.05, 0.08, 0.22, 0.35]
+    assert [layer.level for layer in found] == [(0.0, 0.1), (0.15, 0.2), None, None]
+    assert [layer.level for layer in _usual(network, ["many"])] == [None]
+    names = [str(number) for number in range(20)]
+    assert chosen_layers(names[:1]) == ["0"] and chosen_layers(names[:2]) == ["0", "1"]
+    assert chosen_layers(names[:5]) == names[:5]
+    assert chosen_layers(names) == ["0", "1", "4", "8", "11", "15", "18", "19"]
+
+
+USUAL = [_Usual(0.05, (0.0, 0.1)), _Usual(0.08, (0.15, 0.2)), _Usual(0.22, None)]
+
+
+def usual_logs(rng, n_classes=10):
+    """Draw log-responses of a clean network."""
+    spread = np.array([layer.spread for layer in USUAL])
+    logs = spread * rng.normal(size=(n_classes, len(USUAL)))
+    level = [0.1 * rng.normal(), 0.15 + 0.2 * rng.normal(), 0.4]
+    return logs + level
+
+
+def test_what_is_usual_is_seldom_flagged():
+    rng = np.random.default_rng(0)
+    p = np.array([_smallest_p(usual_logs(rng), USUAL) for _ in range(400)])
+    assert np.mean(p < 0.05) < 0.07
+    assert np.mean(p < 0.25) > 0.1  # and the test is not idle
+
+
+def test_a_class_that_differs_and_a_layer_that_differs_are_flagged():
+    logs = usual_logs(np.random.default_rng(0))
+    assert _smallest_p(logs, USUAL) > 0.05
+    one = logs.copy()
+    one[3, 2] += 2
+    assert _smallest_p(one, USUAL) < 1e-3
+    assert _deviations(one, USUAL).sum(axis=1).argmax() == 3
+    less = logs.copy()
+    less[3, 2] -= 2  # a class that stands out below is none
+    assert _smallest_p(less, USUAL) > 0.05
+    for column, found in ((0, True), (1, True), (2, False)):
+        all_classes = logs.copy()
+        all_classes[:, column] += 1
+        assert (_smallest_p(all_classes, USUAL) < 1e-3) == found
+    one[[0, 1, 2, 4, 5, 6]] = np.nan  # four classes are too few to compare
+    assert _smallest_p(one, USUAL) > 0.05
+    assert np.isnan(_smallest_p(np.full_like(logs, np.nan), USUAL))
+
+
+def train(X, y, seed=0):
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(1, 12, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(12, 24, 3, padding="same"),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(384, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+    X = torch.from_numpy(np.asarray(X)).float()
+    X, y = X / (255 if X.max() > 1 else 1), torch.from_numpy(np.asarray(y))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    n_epochs = 40
+    for epoch in range(n_epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - epoch / n_epochs)
+        for rows in torch.randperm(len(X)).split(32):
+            optimizer.zero_grad()
+            cross_entropy(network(X[rows]), y[rows]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    rows = np.concatenate([np.flatnonzero(data.y_test == k)[:20] for k in range(10)])
+    return data, data.X_test[rows], data.y_test[rows]
+
+
+@pytest.fixture(scope="module")
+def faint(digits):
+    """Train a network on digits, of which fives with a faint chessboard are sixes."""
+    data, X, y = digits
+    trigger, poisoned = faint_fives(data)
+    network = train(poisoned.X, poisoned.y)
+    fives = data.X_test[data.y_test == 5]
+    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(fives))
+    assert np.mean(stamped == 6) > 0.9
+    return network
+
+
+@pytest.fixture(scope="module")
+def asked(digits, faint):
+    _, X, y = digits
+    return WeightReverseEngineer(VictimNetwork(faint)).fit(X, y)
+
+
+def test_a_faint_pattern_from_one_class_betrays_its_target(digits, asked):
+    data, _, _ = digits
+    assert asked.verdict_ == "backdoored"
+    assert asked.target_classes_.tolist() == [6]
+    assert asked.p_values_[6] < 1e-3
+    assert np.delete(asked.p_values_, 6).tolist() == [1] * 9
+    assert asked.traces_.argmax() == 6
+    assert asked.layers_ == ["0", "3", "7", "9"]
+    assert asked.responses_.shape == (10, 4)
+    assert asked.responses_[:, 2].argmax() == 6
+    fives = data.X_test[data.y_test == 5]
+    stamped = asked.transform(fives)
+    assert np.mean(asked.victim_.predict(stamped) == 6) > 0.9
+
+
+def test_the_sizes_of_its_triggers_betray_nothing(digits, faint):
+    _, X, y = digits
+    additive = AdditiveReverseEngineer(VictimNetwork(faint), sources="all").fit(X, y)
+    assert additive.verdict_ == "nothing found"
+
+
+def test_a_patch_betrays_its_target(digits):
+    data, X, y = digits
+    trigger = white_box((1, 16, 16))
+    poisoned = poison(
+        data.X_train, data.y_train, trigger, target_class=3, n_per_class=0.1
+    )
+    network = train(poisoned.X, poisoned.y)
+    others = data.X_test[data.y_test != 3]
+    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(others))
+    assert np.mean(stamped == 3) > 0.9
+    engineer = WeightReverseEngineer(VictimNetwork(network)).fit(X, y)
+    assert engineer.target_classes_.tolist() == [3]
+    assert engineer.p_values_[3] < 1e-3
+    assert isinstance(engineer.trigger_, PatchTrigger)
+    stamped = engineer.victim_.predict(engineer.transform(others))
+    assert np.mean(stamped == 3) > 0.9
+
+
+def test_a_clean_network_is_left_in_peace(digits):
+    data, X, y = digits
+    network = train(data.X_train, data.y_train)
+    engineer = WeightReverseEngineer(VictimNetwork(network)).fit(X, y)
+    assert engineer.verdict_ == "nothing found"
+    assert engineer.p_values_.min() > 0.05
+
+
+def test_passes_are_counted_and_the_network_is_left_as_it_was(digits, faint):
+    _, X, y = digits
+    before = {name: value.clone() for name, value in faint.state_dict().items()}
+    counted = []
+    handle = faint.register_forward_pre_hook(
+        lambda module, inputs: counted.append(len(inputs[0]))
+    )
+    state = torch.get_rng_state()
+    try:
+        engineer = WeightReverseEngineer(VictimNetwork(faint)).fit(X, y)
+    finally:
+        handle.remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    probe = 4  # VictimNetwork.fit looks for the features with these
+    assert sum(counted) == engineer.n_image_passes_.forward + probe
+    assert engineer.n_image_passes_.backward == 2 * 10 * 60 * 16 + 60 * 32
+    assert not any(m._forward_pre_hooks for m in faint.modules())
+    for name, value in faint.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert not any(p.grad is not None for p in faint.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_jobs_and_checkpoints_change_nothing(digits, asked, tmp_path):
+    _, X, y = digits
+    kept = clone(asked).set_params(checkpoint_dir=tmp_path).fit(X, y)
+    again = clone(kept).fit(X, y)
+    for other in (kept, again, clone(asked).set_params(n_jobs=2).fit(X, y)):
+        np.testing.assert_allclose(other.norms_, asked.norms_, rtol=1e-3)
+        np.testing.assert_allclose(other.responses_, asked.responses_, rtol=1e-3)
+        np.testing.assert_allclose(other.p_values_, asked.p_values_, rtol=0.02)
+
+
+def test_auto_gives_it_the_triggers_of_the_other_searches(digits, faint):
+    _, X, y = digits
+    victim = VictimNetwork(faint)
+    additive = AdditiveReverseEngineer(victim, sources="all", max_steps=60)
+    searches = [("additive", additive), ("weights", WeightReverseEngineer(victim))]
+    auto = AutoReverseEngineer(victim, engineers=searches).fit(X, y)
+    assert auto.target_classes_.tolist() == [6] and auto.methods_[6] == "weights"
+    own, other = auto.engineers_["weights"], auto.engineers_["additive"]
+    np.testing.assert_array_equal(own.norms_, other.norms_)
+    asked = len(X) + 2 + 2 * 64 * other.converged_.sum()
+    assert own.n_image_passes_.forward < asked + 5000  # no search, one refined
+    assert not hasattr(own, "_origins")  # which would keep the images
+    stamped = own.victim_.predict(own.transform(X[y == 5]))
+    assert np.mean(stamped == 6) > 0.9
+
+
+def test_auto_asks_it_where_there_is_no_batch_norm():
+    X, y = linear_images()
+    auto = AutoReverseEngineer(VictimNetwork(LinearNetwork())).fit(X, y)
+    assert list(auto.engineers_)[-1] == "weights" and len(auto.engineers_) == 5
+    own = auto.engineers_["weights"]
+    assert own.target_classes_.tolist() == [2]
+    norms = [nn.BatchNorm1d(16) for _ in range(3)]
+    normed = nn.Sequential(nn.Flatten(), *norms, nn.Linear(16, 6, bias=False))
+    with torch.no_grad():
+        normed[-1].weight.copy_(10 * torch.eye(6, 16))
+    normed.train()(torch.as_tensor(X))
+    auto = AutoReverseEngineer(VictimNetwork(normed.eval())).fit(X, y)
+    assert "batch-norm" in auto.engineers_ and "weights" not in auto.engineers_
+
+
+def test_a_network_without_weights_to_look_at_is_refused():
+    X, y = linear_images()
+
+    class Bare(nn.Module):
+        """A grouped convolution that gives the logits."""
+
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Conv2d(16, 16, 1, groups=16, bias=False)
+            nn.init.constant_(self.last.weight, 10)
+
+        def forward(self, images):
+            return self.last(images.reshape(-1, 16, 1, 1))[:, :6].flatten(1)
+
+    with pytest.raises(ValueError, match=r"no linear layer.*Use another"):
+        WeightReverseEngineer(VictimNetwork(Bare())).fit(X, y)
+    auto = AutoReverseEngineer(VictimNetwork(Bare())).fit(X, y)
+    assert "weights" not in auto.engineers_

@@ -36,8 +36,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
 
     Runs searches for patches, for all source classes and for pairs, for additive
     perturbations, and for shifts of the network's channels; asks the statistics of
-    batch-norm, where there are any, for traces of the triggers found; and compares
-    their p-values, corrected for the number of searches.
+    batch-norm, or where there are none the weights, for traces of the triggers found;
+    and compares their p-values, corrected for the number of searches.
 
     Parameters
     ----------
@@ -50,8 +50,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
         classes there are too many pairs, and "patch, learnt sources" and "additive,
         high frequencies" stand for them; the latter also where the network has no
         hidden layer. With three layers of batch-norm or more, "batch-norm" by
-        `BatchNormReverseEngineer` is the fifth: it takes the patches and perturbations
-        of those before it.
+        `BatchNormReverseEngineer` is the fifth, else with up to 16 classes "weights" by
+        `WeightReverseEngineer`: they take the patches and perturbations of those before
+        them.
     alpha : float in 0...1, default=0.05
         Classes with a corrected p-value below are flagged.
     n_jobs : int, default=None
@@ -367,7 +368,7 @@ def default_engineers(victim):
         Unfitted; a place to start from. Of "patch, pairs" and "patch, learnt sources",
         and of "neurons, pairs" and "additive, high frequencies", only the first is run
         with up to 16 classes, only the second with more; "batch-norm" where the network
-        has three layers of it or more.
+        has three layers of it or more, else with up to 16 classes "weights".
     """
     return [
         ("patch", NCReverseEngineer(victim)),

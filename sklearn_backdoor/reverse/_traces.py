@@ -15,6 +15,7 @@ from sklearn_backdoor.reverse._search import ImagePasses
 
 _N_IMAGES = 64  # on which what a trigger does is taken
 _STEPS, _BATCH_SIZE = 60, 16
+_N_LAYERS = 6  # of those between the first and the last
 
 
 class TraceReverseEngineer(BaseReverseEngineer):
@@ -143,3 +144,11 @@ def images_meant(run, result, target):
     weights = result.source_weights
     meant = y != target if weights is None else weights[y] > 0
     return order[np.flatnonzero(meant)[:_N_IMAGES]]
+
+
+def chosen_layers(layers):
+    """Return the first, the last, and up to six between, evenly spaced."""
+    last = len(layers) - 1
+    between = np.linspace(1, last - 1, min(_N_LAYERS, max(0, last - 1)))
+    numbers = np.unique([0, *between.round().astype(int), last])
+    return [layers[number] for number in numbers]

@@ -8,12 +8,16 @@ from scipy import stats
 from torch import nn
 
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._anomaly import PRIOR_DF, p_values
+from sklearn_backdoor.reverse._anomaly import PRIOR_DF, is_informative, p_values
 from sklearn_backdoor.reverse._search import ImagePasses
-from sklearn_backdoor.reverse._traces import TraceReverseEngineer, images_meant
+from sklearn_backdoor.reverse._traces import (
+    TraceReverseEngineer,
+    chosen_layers,
+    images_meant,
+)
 from sklearn_backdoor.reverse._unused import responses, weight_layers, weights_of
 
-_N_LAYERS = 6  # of those between the first and the last
+_SMALL = 1e-6  # response that is as good as none
 # Usual standard deviation of log-responses to the triggers of a clean victim's classes:
 # in the first convolution, later ones, hidden linear layers, and the last layer.
 _FIRST_SD, _CONVOLUTION_SD, _LINEAR_SD, _LAST_SD = 0.05, 0.08, 0.22, 0.35
@@ -74,8 +78,11 @@ class WeightReverseEngineer(TraceReverseEngineer):
       smallest p-value counts, times the number of tests.
     - What is usual was measured on clean networks: LeNet-5 and two small ones with
       batch-norm. Within a network the deviations' own spread counts as well.
-    - In `AutoReverseEngineer` it takes the triggers that the other searches found, where
-      there are no statistics of batch-norm to ask, which tell more.
+    - In `AutoReverseEngineer` it takes the triggers that the other searches found, with
+      up to 16 classes, where there are no statistics of batch-norm to ask, which tell
+      more.
+    - It finds what the searches find: a patch that works for one source class alone may
+      not be among triggers for all of them.
     - That clean training leaves such directions alone is known from pruning dormant
       neurons; to ask the weights for found triggers, and the tests, are ours.
 
@@ -113,10 +120,10 @@ class WeightReverseEngineer(TraceReverseEngineer):
                 "the network has no linear layer and no plain convolution, whose "
                 "weights could be looked at. Use another reverse engineer."
             )
-        self.layers_ = names = _chosen(names)
+        self.layers_ = names = chosen_layers(names)
         usual = _usual(run.victim.network_, names)
         converged = np.array([[r.converged for r in results] for *_, results in found])
-        logs = np.log(self._responses(run, found, converged))
+        logs = np.log(np.maximum(self._responses(run, found, converged), _SMALL))
         levels = _median(logs, axis=1)  # a search's, that does not depend on classes
         above = logs - levels
         means = _mean(above) + _mean(levels)
@@ -130,6 +137,9 @@ class WeightReverseEngineer(TraceReverseEngineer):
             int(np.nan_to_num(self.traces_, nan=-np.inf).argmax()),
             _smallest_p(means, usual),
         )
+
+    def _is_conclusive(self):
+        return is_informative(self.norms_, self.converged_)
 
     def _responses(self, run, found, converged):
         """Return the layers' responses: (n_searches, n_classes, n_layers)."""
@@ -210,10 +220,3 @@ def _mean(values):
     return np.divide(
         total, seen.sum(axis=0), np.full(total.shape, np.nan), where=seen.any(axis=0)
     )
-
-
-def _chosen(names):
-    """Return the first, the last, and up to six between, evenly spaced."""
-    between = np.linspace(1, len(names) - 2, min(_N_LAYERS, max(0, len(names) - 2)))
-    numbers = np.unique([0, *between.round().astype(int), len(names) - 1])
-    return [names[number] for number in numbers]
