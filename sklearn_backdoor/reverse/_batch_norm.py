@@ -8,7 +8,6 @@ from scipy import stats
 
 from sklearn_backdoor._torch import borrowed_random_state
 from sklearn_backdoor._validation import check_number
-from sklearn_backdoor.reverse._inversion import invert
 from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._statistics import (
     Comparison,
@@ -26,7 +25,6 @@ _MUCH = 3.0  # standard errors
 _CROP = 8  # as many times the padding before a crop is the side
 _CLEARLY_LESS = 0.5  # has to be left by an augmentation, of what is without
 _CLEAR = 0.5  # of the clearest trace: less clear ones are not named
-_AT_LEAST = 0.01  # share of the images that inverted statistics lead to any class
 
 
 def can_be_compared(victim, X):
@@ -122,11 +120,7 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
         number of triggers. It is given to one class, 1 to the others, as triggers share
         what they do inside the network: of the triggers whose traces are at least half
         as clear as the clearest, the one with the largest ratio of trace to norm, in
-        medians of its search, names it, times ``leads_`` if several classes have one.
-    leads_ : ndarray of shape (n_classes,)
-        By how much the probability of a class rises, on images of the others, by a
-        perturbation that was searched for the clearest trace, whatever class it leads
-        to. NaN if the p-value is not below ``alpha``, or no choice is to be made.
+        medians of its search, names it.
     source_weights_, single_sources_
         As in `NCReverseEngineer`, of the searches that found the triggers.
     others
@@ -218,17 +212,11 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
         chosen = traces.argmax(axis=0)
         best = traces.max(axis=0)
         self.traces_ = np.where(converged.any(axis=0), best, np.nan)
-        self.leads_ = np.full(len(best), np.nan)
         p, named = np.nan, 0
         if converged.any():
             p = stats.t.sf(best.max(), comparison.n_free) * converged.sum()
             norms = np.array([engineer.norms_ for engineer, *_ in found])
-            evidence = _clear_and_small(traces, norms, converged)
-            if p < self.alpha and np.isfinite(evidence).sum() > 1:
-                self.leads_ = invert(run, comparison, self.share_sd_).mean(axis=0)
-                share = np.maximum(self.leads_, 0)
-                evidence *= share / max(share.max(), 1e-12) + _AT_LEAST
-            named = int(evidence.argmax())
+            named = _clear_and_small(traces, norms, converged)
         return self._answer(found, chosen, named, p)
 
     def _effects(self, run, found, converged):
@@ -276,17 +264,11 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
 
 
 def _clear_and_small(traces, norms, converged):
-    """Return how clear the traces of each class are for their triggers' sizes.
+    """Return the class whose trigger has the clearest trace for its size.
 
     Parameters
     ----------
     traces, norms, converged : ndarray of shape (n_searches, n_classes)
-
-    Returns
-    -------
-    ndarray of shape (n_classes,)
-        Trace by norm, in medians of the search; -inf where none is half as clear as the
-        clearest.
     """
     best = np.full(traces.shape, -np.inf)
     sizes = np.maximum(norms, 1e-9)
@@ -296,4 +278,4 @@ def _clear_and_small(traces, norms, converged):
         if clear.any():
             usual = np.median(sizes[number, usable])
             best[number, clear] = traces[number, clear] * usual / sizes[number, clear]
-    return best.max(axis=0)
+    return int(best.max(axis=0).argmax())

@@ -1,4 +1,4 @@
-"""Passes with hooks, which are gone afterwards."""
+"""Forward passes with hooks, which are gone afterwards."""
 
 from contextlib import contextmanager
 
@@ -6,8 +6,8 @@ import torch
 
 
 @contextmanager
-def hooked(victim, hooks, gradients=False):
-    """Open a network for passes with hooks while it is held.
+def hooked(victim, hooks):
+    """Open a network for passes without gradients, with hooks while it is held.
 
     Parameters
     ----------
@@ -15,15 +15,13 @@ def hooked(victim, hooks, gradients=False):
         Fitted.
     hooks : list of (callable, callable)
         A module's method that registers a hook, and the hook.
-    gradients : bool, default=False
-        Whether passes can be differentiated.
 
     Yields
     ------
     callable
         From a tensor of images to logits.
     """
-    with victim.differentiable() as logits, torch.set_grad_enabled(gradients):
+    with victim.differentiable() as logits, torch.no_grad():
         handles = [register(hook) for register, hook in hooks]
         try:
             yield logits

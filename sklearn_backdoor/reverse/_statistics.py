@@ -69,7 +69,9 @@ def layer_statistics(victim, X, transform=None):
     def note(name):
         def catch(module, inputs):
             values = inputs[0].detach().float()
-            seen.setdefault(name, []).append(means_over_places(values))
+            seen.setdefault(name, []).append(
+                values.flatten(2).mean(2) if values.ndim > 2 else values
+            )
 
         return catch
 
@@ -97,11 +99,6 @@ def layer_statistics(victim, X, transform=None):
             if all(np.isfinite(part).all() for part in layer[1:]):
                 found.append(layer)
     return found
-
-
-def means_over_places(values):
-    """Return each image's means of channels: (n_samples, n_features)."""
-    return values.flatten(2).mean(2) if values.ndim > 2 else values
 
 
 def _augmented(images, transform):
@@ -183,10 +180,6 @@ class Comparison:
         squares = self.values**2 / variance
         return np.array([squares[part].mean() for part in self.slices])
 
-    def covariance_with(self, share_sd):
-        """Return the covariance of chance, classes' shares included."""
-        return self.covariance + share_sd**2 * self.moves.T @ self.moves
-
     def scores(self, effects, share_sd):
         """Return how clearly the difference holds what triggers do to the features.
 
@@ -211,7 +204,8 @@ class Comparison:
         That of many features looks narrower than it is on few images: standard errors
         are taken to be larger by sqrt(1 + n_features / n_free).
         """
-        factor = cholesky(self.covariance_with(share_sd), lower=True)
+        covariance = self.covariance + share_sd**2 * self.moves.T @ self.moves
+        factor = cholesky(covariance, lower=True)
         columns = np.column_stack([self.values, (effects / self.spread).T])
         white = solve_triangular(factor, columns, lower=True)
         values, signatures = white[:, 0], white[:, 1:]
