@@ -12,11 +12,11 @@ _SOURCE_SHARE = 0.5  # of the source's median: the rest may be the attack itself
 _MIN_MARGIN = 0.05  # of the median: classes that are confused have none
 _TIE = 1e-9
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
-# Usual standard deviation of log-norms within a clean victim, for all sources and for a
-# few, and how many classes' worth of evidence that is. Those for all are the smallest in
-# steps of 0.05 by which a search, by itself, flags none of 247 clean victims at 0.01: 90
-# of the calibration, the others of older populations (`python -m benchmarks scan`).
-# Those for a few are from older ones, and that of neurons for all was not measured.
+# Usual standard deviation of log-norms within a clean victim, for all sources and for
+# a few, and how many classes' worth of evidence that is. Those for all are the smallest
+# in steps of 0.05 by which a search, by itself, flags none of 247 clean victims at
+# 0.01: the calibration's 90, and others of older populations (`python -m benchmarks
+# scan`). Those for a few are from older ones; that of neurons for all was not measured.
 NEURON_SD = 0.4
 PATCH_SD, PATCH_FEW_SD = 0.45, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.25
