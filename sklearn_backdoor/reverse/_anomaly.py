@@ -12,22 +12,21 @@ _SOURCE_SHARE = 0.5  # of the source's median: the rest may be the attack itself
 _MIN_MARGIN = 0.05  # of the median: classes that are confused have none
 _TIE = 1e-9
 _TO_NORMAL = 1.4826  # a normal distribution's standard deviation per MAD
-# Usual standard deviation of log-norms within a clean victim, for all sources and for
-# a few, and how many classes' worth of evidence that is. Those for all are the smallest
-# in steps of 0.05 by which a search, by itself, flags none of 247 clean victims at
-# 0.01: the calibration's 90, and others of older populations (`python -m benchmarks
-# scan`). Those for a few are from older ones; that of neurons for all was not measured.
+# Usual standard deviation of log-norms within a clean victim, for all sources and for a
+# few, and how many classes' worth of evidence that is. Those for all are the smallest
+# in steps of 0.05 by which a search, by itself, flags none of 90 clean victims at 0.01
+# (`python -m benchmarks scan --part calibration`); those for a few are from older ones,
+# and that of neurons for all was not measured.
 NEURON_SD = 0.4
-PATCH_SD, PATCH_FEW_SD = 0.45, 0.6
+PATCH_SD, PATCH_FEW_SD = 0.4, 0.6
 ADDITIVE_SD, ADDITIVE_FEW_SD, ADDITIVE_FINE_SD = 0.2, 0.3, 0.25
 PRIOR_DF = 16.0
 # The same for pairs of classes: of what is left of a pair's log-norm without the parts
 # of its source and the network's margin, and of targets by the median over their
 # sources, each at half of that. Powers of the margin: of 0.3, 0.5 and 0.7 that by which
-# most attacks were found in older victims. That of pairs of patches flags none of the
-# 247 either, nor does that of neurons. Additions were searched in high frequencies
+# most attacks were found in older victims. Additions were searched in high frequencies
 # ("beside" in the lines); in all, their null flags none of 11 clean victims.
-PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.65, 0.3, 0.5
+PATCH_PAIR_SD, PATCH_COLUMN_SD, PATCH_POWER = 0.4, 0.3, 0.5
 ADDITIVE_PAIR_SD, ADDITIVE_COLUMN_SD, ADDITIVE_POWER = 0.25, 0.2, 0.3
 NEURON_PAIR_SD, NEURON_COLUMN_SD, NEURON_POWER = 0.35, 0.25, 0.5
 PAIR_DF = 144.0
@@ -116,7 +115,7 @@ def p_values(
     null : {"log-normal", "gamma"}, default="log-normal"
         Distribution of the norms of classes that are no targets. "gamma" is the
         published one, of 1 / norm.
-    prior_sd : float, default=0.45
+    prior_sd : float, default=0.4
         Usual standard deviation of log-norms within a clean victim, for "log-normal".
     prior_df : float, default=16
         How many norms' worth of evidence that is.
