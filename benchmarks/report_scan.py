@@ -141,7 +141,7 @@ def _population(records):
         "target found. Judged by the present rule from the norms of the lines; so are "
         "the p-values of Neural Cleanse, fast and exhaustive, below; other tables have "
         "the verdicts of the lines' commits. Searches, nulls and this rule were chosen "
-        "by victims of other seeds, except which class traces name (below). "
+        "by victims of other seeds. "
         f"Median of a scan: {passes / 1000:.0f} thousand image passes (forward + "
         f"backward){seconds}. Trained and scanned with torch {torches} on {machines}, "
         "one thread each.",

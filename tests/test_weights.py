@@ -300,6 +300,25 @@ def test_a_clean_network_is_left_in_peace(digits):
     assert engineer.p_values_.min() > 0.05
 
 
+def test_random_weights_that_hide_the_trace_drown_the_trigger(digits, faint):
+    data, X, y = digits
+    trigger, _ = faint_fives(data)
+    hidden = deepcopy(faint)
+    victim = VictimNetwork(hidden).fit(X)
+    torch.manual_seed(0)
+    for layer in weights_of(victim, X, weight_layers(victim, X)):
+        noise = 4 * layer.usual**0.5 * torch.randn(layer.weight.shape)
+        weight = hidden.get_submodule(layer.name).weight
+        with torch.no_grad():
+            weight += layer.unused(noise).reshape(weight.shape)
+    victim = VictimNetwork(hidden).fit(X)
+    assert np.mean(victim.predict(data.X_test) == data.y_test) > 0.9
+    fives = data.X_test[data.y_test == 5]
+    assert np.mean(victim.predict(trigger.embed(fives)) == 6) < 0.5
+    engineer = WeightReverseEngineer(VictimNetwork(hidden)).fit(X, y)
+    assert engineer.verdict_ == "nothing found"
+
+
 def test_passes_are_counted_and_the_network_is_left_as_it_was(digits, faint):
     _, X, y = digits
     before = {name: value.clone() for name, value in faint.state_dict().items()}
@@ -379,6 +398,6 @@ def test_a_network_without_weights_to_look_at_is_refused():
             return self.last(images.reshape(-1, 16, 1, 1))[:, :6].flatten(1)
 
     with pytest.raises(ValueError, match=r"no linear layer.*Use another"):
-        WeightReverseEngineer(VictimNetwork(Bare())).fit(X, y)
-    auto = AutoReverseEngineer(VictimNetwork(Bare())).fit(X, y)
+        WeightReverseEngineer(VictimNetwork(Bare(), feature_layer="last")).fit(X, y)
+    auto = AutoReverseEngineer(VictimNetwork(Bare(), feature_layer="last")).fit(X, y)
     assert "weights" not in auto.engineers_
