@@ -786,7 +786,7 @@ def test_one_source_must_need_far_less_than_any_trigger_for_all(
     assert auto.single_sources_ == ({2: 4} if is_alone else {})
 
 
-@pytest.mark.parametrize("p, expected", [(0.01, "additive"), (0.9, "neurons, pairs")])
+@pytest.mark.parametrize("p, expected", [(0.005, "additive"), (0.9, "neurons, pairs")])
 def test_evidence_in_images_goes_before_that_in_neurons(auto, p, expected):
     auto = copy.deepcopy(auto)
     for name, engineer in auto.engineers_.items():

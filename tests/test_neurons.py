@@ -238,7 +238,8 @@ def test_without_hidden_layers_there_is_nothing_to_shift():
     with pytest.raises(ValueError, match="no hidden torch.nn.Linear.*Additive"):
         NeuronReverseEngineer(victim).fit(X, y)
     names = list(AutoReverseEngineer(victim).fit(X, y).engineers_)
-    assert names == ["patch", "patch, pairs", "additive", "additive, high frequencies"]
+    expected = ["patch", "patch, pairs", "additive", "additive, high frequencies"]
+    assert names == [*expected, "weights"]
     victim = VictimNetwork(LinearNetwork())
     names = list(AutoReverseEngineer(victim).fit(X, y).engineers_)
-    assert names == ["patch", "patch, pairs", "additive", "neurons, pairs"]
+    assert names == [*expected[:3], "neurons, pairs", "weights"]

@@ -89,7 +89,7 @@ def test_a_backdoor_ends_with_status_1_and_names_its_class_by_all_searches(case)
     found = json.loads(Path("new/verdict.json").read_text(), parse_constant=pytest.fail)
     assert found["verdict"] == "backdoored" and found["target_classes"] == ["2"]
     assert found["exit_status"] == 1
-    assert len(found["table"]) == 4 * 6
+    assert len(found["table"]) == 5 * 6
     fields = (
         "method class norm success_rate converged reason anomaly_index p_value "
         "p_corrected flagged"

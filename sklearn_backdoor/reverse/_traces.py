@@ -54,7 +54,7 @@ class TraceReverseEngineer(BaseReverseEngineer):
             NaN where there was nothing to ask.
         """
         self._p = np.full(len(chosen), np.nan if np.isnan(p) else 1.0)
-        self._p[named] = min(1.0, p)
+        self._p[named] = np.minimum(1, p)
         self._origins = [found[k] for k in chosen]
         return [
             found[k][2][target]._replace(judged=False)
