@@ -74,8 +74,9 @@ class WeightReverseEngineer(TraceReverseEngineer):
     - Two kinds of deviation are tested, as a trigger that is faint and alike everywhere
       helps other classes' triggers too: a class's log-response in a layer against those
       of the other classes, by the t-test of norms, see `NCReverseEngineer`; and a
-      convolution's median over the classes against what is usual in clean networks. The
-      smallest p-value counts, times the number of tests.
+      convolution's median over the classes against what is usual in clean networks, of
+      images with one channel only, as no other was measured. The smallest p-value
+      counts, times the number of tests.
     - What is usual was measured on clean networks: LeNet-5 and two small ones with
       batch-norm. Within a network the deviations' own spread counts as well.
     - In `AutoReverseEngineer` it takes the triggers that the other searches found, with
@@ -122,6 +123,8 @@ class WeightReverseEngineer(TraceReverseEngineer):
             )
         self.layers_ = names = chosen_layers(names)
         usual = _usual(run.victim.network_, names)
+        if run.X.shape[1] > 1:  # their levels are others: a clean ResNet-18's is 1.9
+            usual = [layer._replace(level=None) for layer in usual]
         converged = np.array([[r.converged for r in results] for *_, results in found])
         logs = np.log(np.maximum(self._responses(run, found, converged), _SMALL))
         levels = _median(logs, axis=1)  # a search's, that does not depend on classes
