@@ -31,8 +31,7 @@ METHODS = {
     "b3d": "B3DReverseEngineer",
 }
 STATUS = {"nothing found": 0, "backdoored": 1, "inconclusive": 4}
-_N_ROWS, _NEEDED = 10, 5  # classes shown; converged, for any statistic
-_N_SINGLE = 2  # single-class attacks named
+_N_ROWS, _NEEDED, _N_SINGLE = 10, 5, 2  # classes shown, converged; sources named
 
 
 @dataclass(eq=False)

@@ -152,10 +152,12 @@ def test_weights_that_know_nothing_respond_as_usual():
 
 def test_what_is_usual_goes_by_a_layers_place_and_kind(mixed):
     network, _, _ = mixed
-    found = _usual(network, LAYERS)
+    found = _usual(network, LAYERS, n_channels=1)
     assert [layer.spread for layer in found] == [0.05, 0.08, 0.22, 0.35]
     assert [layer.level for layer in found] == [(0.0, 0.1), (0.15, 0.2), None, None]
-    assert [layer.level for layer in _usual(network, ["many"])] == [None]
+    assert [layer.level for layer in _usual(network, ["many"], 1)] == [None]
+    colour = _usual(network, LAYERS, n_channels=3)  # what is usual is not known
+    assert colour == [layer._replace(level=None) for layer in found]
     names = [str(number) for number in range(20)]
     assert chosen_layers(names[:1]) == ["0"] and chosen_layers(names[:2]) == ["0", "1"]
     assert chosen_layers(names[:5]) == names[:5]

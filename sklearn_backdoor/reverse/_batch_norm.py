@@ -179,19 +179,6 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
             )
 
     def _ask(self, run, found):
-        """Ask triggers that were found for their traces.
-
-        Parameters
-        ----------
-        run : Run
-        found : list of (reverse engineer, Run, list of SearchResult)
-            Searches that were concluded.
-
-        Returns
-        -------
-        list of SearchResult
-            For each class, of the trigger with the clearest trace.
-        """
         comparison = self._explain(run)
         self.layers_ = comparison.names
         self.mismatch_ = float(np.sqrt(comparison.sizes()[0]))

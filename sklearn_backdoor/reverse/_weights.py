@@ -1,7 +1,7 @@
 """Triggers that left a trace in the weights."""
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -122,9 +122,7 @@ class WeightReverseEngineer(TraceReverseEngineer):
                 "weights could be looked at. Use another reverse engineer."
             )
         self.layers_ = names = chosen_layers(names)
-        usual = _usual(run.victim.network_, names)
-        if run.X.shape[1] > 1:  # their levels are others: a clean ResNet-18's is 1.9
-            usual = [layer._replace(level=None) for layer in usual]
+        usual = _usual(run.victim.network_, names, n_channels=run.X.shape[1])
         converged = np.array([[r.converged for r in results] for *_, results in found])
         logs = np.log(np.maximum(self._responses(run, found, converged), _SMALL))
         levels = _median(logs, axis=1)  # a search's, that does not depend on classes
@@ -165,19 +163,23 @@ class _Usual(NamedTuple):
     level: tuple[float, float] | None
 
 
-def _usual(network, names):
-    """Return what is usual for each layer, by its place and kind."""
+def _usual(network, names, n_channels):
+    """Return what is usual for each layer, by its place and kind.
+
+    Levels are known for images of one channel: in a clean ResNet-18 for colour images
+    the first convolution's median response is 1.9.
+    """
     found = []
     for number, name in enumerate(names):
         linear = isinstance(network.get_submodule(name), nn.Linear)
-        level = _FIRST_LEVEL if number == 0 else _CONVOLUTION_LEVEL
+        level: Any = _FIRST_LEVEL if number == 0 else _CONVOLUTION_LEVEL
         if 0 < number == len(names) - 1:
             found.append(_Usual(_LAST_SD, None))
         elif linear:
             found.append(_Usual(_LINEAR_SD, None))
         else:
             spread = _FIRST_SD if number == 0 else _CONVOLUTION_SD
-            found.append(_Usual(spread, level))
+            found.append(_Usual(spread, level if n_channels == 1 else None))
     return found
 
 
