@@ -786,8 +786,9 @@ def test_one_source_must_need_far_less_than_any_trigger_for_all(
     assert auto.single_sources_ == ({2: 4} if is_alone else {})
 
 
-@pytest.mark.parametrize("p, expected", [(0.005, "additive"), (0.9, "neurons, pairs")])
-def test_evidence_in_images_goes_before_that_in_neurons(auto, p, expected):
+@pytest.mark.parametrize("other", ["neurons, pairs", "weights"])
+@pytest.mark.parametrize("p", [0.005, 0.9])
+def test_evidence_in_images_goes_before_that_inside(auto, p, other):
     auto = copy.deepcopy(auto)
     for name, engineer in auto.engineers_.items():
         engineer.p_values_ = np.ones(6)
@@ -796,12 +797,12 @@ def test_evidence_in_images_goes_before_that_in_neurons(auto, p, expected):
         engineer.single_sources_ = {}
         if name == "additive":
             engineer.p_values_[1] = p
-        if name == "neurons, pairs":
+        if name == other:
             engineer.p_values_[1] = 1e-6
             engineer.source_weights_[1] = 0.2
     auto._combine()
     assert auto.target_classes_.tolist() == [1]
-    assert auto.methods_[1] == expected
+    assert auto.methods_[1] == ("additive" if p < 0.05 else other)
 
 
 def test_a_trigger_that_works_less_often_than_another_is_passed_over(auto_of_both):

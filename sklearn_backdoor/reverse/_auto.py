@@ -27,6 +27,7 @@ _PAIRS, _LEARNT = "patch, pairs", "patch, learnt sources"
 _NEURONS, _FINE = "neurons, pairs", "additive, high frequencies"
 _STATISTICS, _WEIGHTS = "batch-norm", "weights"
 _IMAGES = (NCReverseEngineer, AdditiveReverseEngineer)
+_NOT_BY_SIZE = (NeuronReverseEngineer, TraceReverseEngineer)
 _N_PAIRED = 16  # with more classes there are too many pairs
 _MUCH_WEAKER = 0.1  # of the success rate: a trigger that misses more is passed over
 
@@ -94,8 +95,8 @@ class AutoReverseEngineer(BaseReverseEngineer):
       class alone needs a far smaller trigger, see ``single_sources_``, that trigger
       goes before, if it is smaller by as much than every flagged one of its kind for
       all; one found in pairs only where no trigger for all source classes was flagged.
-      Where another search flags a class too, its trigger goes before that of a search
-      of neurons, whose evidence is no image.
+      Where a search flags a class by the size of its trigger, that goes before those of
+      neurons, whose evidence is no image, and of traces, which are of any kind.
     - The correction is Bonferroni's; it holds however the searches depend on each
       other.
     """
@@ -255,7 +256,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
             for_one[number, target] = all(_is_far_smaller(narrow, r) for r in rivals)
         preferred = flagged & np.where(for_one.any(axis=0), for_one, for_all)
         of_images = np.array(
-            [not isinstance(engineer, NeuronReverseEngineer) for engineer in engineers]
+            [not isinstance(engineer, _NOT_BY_SIZE) for engineer in engineers]
         )
         seen = preferred & of_images[:, None]
         preferred = np.where(seen.any(axis=0), seen, preferred)
