@@ -5,9 +5,15 @@ import time
 import numpy as np
 
 from sklearn_backdoor.reverse import default_engineers
-from sklearn_backdoor.reverse._anomaly import p_values, p_values_of_pairs, rank_by_p
+from sklearn_backdoor.reverse._anomaly import (
+    bonferroni_factors,
+    p_values,
+    p_values_of_pairs,
+    rank_by_p,
+)
 
 ALPHA = 0.05
+_TRACES = ("batch-norm", "weights")  # searches for what a trigger leaves behind
 _N_UNSEEN = 2000  # images on which an estimated trigger is tried
 
 
@@ -81,7 +87,7 @@ def judged(record):
     p, methods = [], {}
     for name, seen in record["config"]["methods"].items():
         engineer = engineers[name]
-        if name in ("batch-norm", "weights"):
+        if name in _TRACES:
             p.append(np.array(seen["p_values"]))
         elif engineer.sources == "pairs":
             engineer.pair_norms_ = np.array(seen["pair_norms"])
@@ -93,8 +99,9 @@ def judged(record):
             p.append(p_values(seen["norms"], seen["converged"], prior_sd=prior_sd))
         flagged = rank_by_p(p[-1], ALPHA).tolist()
         methods[name] = {**seen, "flagged_alone": flagged}
-    smallest = np.nan_to_num(p, nan=1.0).min(axis=0)
-    flagged = rank_by_p(smallest * len(p), ALPHA).tolist()
+    factors = bonferroni_factors(name in _TRACES for name in methods)
+    smallest = (np.nan_to_num(p, nan=1.0) * factors[:, None]).min(axis=0)
+    flagged = rank_by_p(smallest, ALPHA).tolist()
     return {
         **record,
         "config": {**record["config"], "methods": methods},

@@ -9,6 +9,7 @@ from sklearn_backdoor.reverse._anomaly import (
     PATCH_PAIR_SD,
     PATCH_SD,
     PRIOR_DF,
+    bonferroni_factors,
     p_values,
     p_values_of_pairs,
     pair_p_values,
@@ -211,3 +212,28 @@ def test_of_two_flagged_norms_the_smaller_comes_first():
     norms = [2.2, 2.0, *NORMS[1:]]
     p = p_values(norms, [True] * 11)
     assert rank_by_p(p, 0.05).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        ("sssst", [8, 8, 8, 8, 2]),
+        ("tsts", [4, 4, 4, 4]),
+        ("sss", [3, 3, 3]),
+        ("s", [1]),
+        ("rst", [3, 3, 3]),
+    ],
+)
+def test_kinds_of_evidence_share_the_level(kinds, expected):
+    factors = bonferroni_factors(kinds)
+    assert factors.tolist() == expected
+    assert np.sum(1 / factors) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_the_level_is_kept_however_tests_depend_on_each_other(share):
+    rng = np.random.RandomState(0)
+    common, own = rng.normal(size=(20_000, 1)), rng.normal(size=(20_000, 5))
+    p = stats.norm.sf(np.sqrt(share) * common + np.sqrt(1 - share) * own)
+    flagged = (p * bonferroni_factors("sssst") < 0.05).any(axis=1)
+    assert flagged.mean() < 0.055  # three standard errors above

@@ -713,8 +713,11 @@ def test_the_automatic_search_reports_every_search_and_class(auto):
     for name, engineer in auto.engineers_.items():
         part = table[table["method"] == name]
         np.testing.assert_array_equal(part["norm"], engineer.norms_)
+        times = (
+            2 if name == "weights" else 8
+        )  # half of alpha for traces, half for sizes
         np.testing.assert_allclose(
-            part["p_corrected"], np.minimum(1, 5 * engineer.p_values_)
+            part["p_corrected"], np.minimum(1, times * engineer.p_values_)
         )
     forward = sum(e.n_image_passes_.forward for e in auto.engineers_.values())
     looked = 4  # images, for hidden layers, for batch-norm and for weights
@@ -803,6 +806,21 @@ def test_evidence_in_images_goes_before_that_inside(auto, p, other):
     auto._combine()
     assert auto.target_classes_.tolist() == [1]
     assert auto.methods_[1] == ("additive" if p < 0.05 else other)
+
+
+def test_a_class_is_shown_by_the_smallest_corrected_p_value(auto):
+    auto = copy.deepcopy(auto)
+    for name, engineer in auto.engineers_.items():
+        engineer.p_values_ = np.ones(6)
+        engineer.converged_ = np.ones(6, dtype=bool)
+        if name == "patch":
+            engineer.p_values_[:2] = 0.02, 0.006
+        if name == "weights":
+            engineer.p_values_[:2] = 0.06, 0.06
+    auto._combine()
+    assert auto.methods_[:2] == ["weights", "patch"]
+    np.testing.assert_allclose(auto.p_values_[:3], [0.12, 0.048, 1])
+    assert auto.target_classes_.tolist() == [1]
 
 
 def test_a_trigger_that_works_less_often_than_another_is_passed_over(auto_of_both):

@@ -280,3 +280,24 @@ def rank_by_p(p, alpha):
     """Return the positions with p < alpha, the most significant first."""
     flagged = np.flatnonzero(np.nan_to_num(p, nan=1.0) < alpha)
     return flagged[np.argsort(p[flagged], kind="stable")]
+
+
+def bonferroni_factors(kinds):
+    """Return what p-values of several tests are multiplied by.
+
+    Each kind of evidence gets the same share of the level, each test of a kind the same
+    share of that: tests of one kind depend on each other, and more of them should not
+    take from another kind. With one kind it is the number of tests.
+
+    Parameters
+    ----------
+    kinds : iterable
+        One a test.
+
+    Returns
+    -------
+    ndarray of shape (n_tests,)
+        The inverses sum to 1.
+    """
+    _, kind, counts = np.unique(list(kinds), return_inverse=True, return_counts=True)
+    return len(counts) * counts[kind]

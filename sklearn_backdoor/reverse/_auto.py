@@ -8,7 +8,7 @@ from sklearn.base import clone
 
 from sklearn_backdoor._validation import check_number
 from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
-from sklearn_backdoor.reverse._anomaly import rank_by_p
+from sklearn_backdoor.reverse._anomaly import bonferroni_factors, rank_by_p
 from sklearn_backdoor.reverse._base import BaseReverseEngineer
 from sklearn_backdoor.reverse._batch_norm import (
     BatchNormReverseEngineer,
@@ -80,7 +80,7 @@ class AutoReverseEngineer(BaseReverseEngineer):
     single_sources_ : dict from label to label
         As in `NCReverseEngineer`, of the searches whose triggers were kept.
     p_values_ : ndarray of shape (n_classes,)
-        Corrected: the smallest of a class times the number of searches.
+        Corrected: the smallest of a class, each times what `report_` shows.
     target_classes_, target_class_, trigger_, verdict_, n_image_passes_
         As in `NCReverseEngineer`. With a search inconclusive and nothing flagged by the
         others, the verdict is inconclusive.
@@ -97,8 +97,10 @@ class AutoReverseEngineer(BaseReverseEngineer):
       all; one found in pairs only where no trigger for all source classes was flagged.
       Where a search flags a class by the size of its trigger, that goes before those of
       neurons, whose evidence is no image, and of traces, which are of any kind.
-    - The correction is Bonferroni's; it holds however the searches depend on each
-      other.
+    - The correction is Bonferroni's with weights; it holds however the searches depend
+      on each other. Sizes of triggers and traces in the network are two kinds of
+      evidence, and get half of ``alpha`` each: of five searches, p-values of the one
+      for traces are doubled, those of the other four taken eight times.
     """
 
     def __init__(
@@ -162,19 +164,20 @@ class AutoReverseEngineer(BaseReverseEngineer):
                 del engineers[_WEIGHTS]
             passes += ImagePasses(0 if many or compared else 2, 0)
         found: list = []  # searches whose triggers may have left traces
-        for engineer in engineers.values():
+        factors = bonferroni_factors(map(_is_of_traces, engineers.values()))
+        for factor, engineer in zip(factors, engineers.values(), strict=True):
             key = _key(engineer)
             ready = prepared.get(key) or engineer._prepare(X, y)
             prepared[key] = ready._replace(passes=ImagePasses(0, 0))
             run = Run(engineer, ready)
-            if isinstance(engineer, TraceReverseEngineer) and found:
+            if _is_of_traces(engineer) and found:
                 results = engineer._ask(run, found)
             else:
                 results = engineer._search(run)
             engineer._conclude(run, results)
             if isinstance(engineer, _IMAGES):
                 found.append((engineer, run, results))
-            corrected = np.minimum(1, engineer.p_values_ * len(engineers))
+            corrected = np.minimum(1, engineer.p_values_ * factor)
             engineer._set_verdict(rank_by_p(corrected, self.alpha))
             engineer._finish(run, results)
             engineer.n_image_passes_ = run.passes
@@ -239,8 +242,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
         first = engineers[0]
         self.classes_, self.victim_ = first.classes_, first.victim_
         self.image_shape_ = first.image_shape_
-        p = np.array([engineer.p_values_ for engineer in engineers])
-        p = np.minimum(1, p * len(engineers))
+        factors = bonferroni_factors(map(_is_of_traces, engineers))[:, None]
+        raw = np.array([engineer.p_values_ for engineer in engineers])
+        p = np.minimum(1, raw * factors)
         filled = np.nan_to_num(p, nan=1.0)
         flagged = filled < self.alpha
         for_all = np.array([_is_for_all(engineer) for engineer in engineers])
@@ -264,9 +268,9 @@ class AutoReverseEngineer(BaseReverseEngineer):
         best = np.where(preferred, success, 0).max(axis=0)
         preferred &= success >= best - _MUCH_WEAKER
         converged = np.array([engineer.converged_ for engineer in engineers])
-        raw = np.nan_to_num([engineer.p_values_ for engineer in engineers], nan=1.0)
         # in this order: preferred, converged, the smallest p-value
-        ranked = raw + 2.0 * ~converged + 4.0 * (preferred.any(axis=0) & ~preferred)
+        ranked = np.nan_to_num(raw, nan=1.0) * factors / factors.max()
+        ranked += 2.0 * ~converged + 4.0 * (preferred.any(axis=0) & ~preferred)
         chosen = ranked.argmin(axis=0)
         self.methods_ = [names[number] for number in chosen]
         self.single_sources_ = {
@@ -322,6 +326,10 @@ class AutoReverseEngineer(BaseReverseEngineer):
         raise NotImplementedError("the searches are those of the engineers")
 
 
+def _is_of_traces(engineer):
+    return isinstance(engineer, TraceReverseEngineer)
+
+
 def _is_for_all(engineer):
     """Tell for each class whether its trigger is meant for all source classes.
 
@@ -335,7 +343,7 @@ def _is_for_all(engineer):
 
 def _sources(engineer):
     """Return what kind of sources a search's triggers are for."""
-    if isinstance(engineer, TraceReverseEngineer):
+    if _is_of_traces(engineer):
         return "pairs"  # for one or for all, as they were found
     return getattr(engineer, "sources", "all")
 
