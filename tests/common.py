@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from sklearn_backdoor import (
     AdditiveTrigger,
@@ -22,6 +23,7 @@ from sklearn_backdoor import (
     VictimNetwork,
     poison,
 )
+from sklearn_backdoor.datasets import load_digits
 
 SHARED = Path(__file__).parents[2] / "shared"
 N_CLASSES = 6
@@ -33,6 +35,40 @@ def needs_shared(*parts):
     if not path.exists():
         pytest.skip(f"needs real data at {path}, see the README")
     return path
+
+
+def defended_digits():
+    """Return scikit-learn's digits, and 20 test images a class with their labels."""
+    data = load_digits()
+    rows = np.concatenate([np.flatnonzero(data.y_test == k)[:20] for k in range(10)])
+    return data, data.X_test[rows], data.y_test[rows]
+
+
+def train(network, X, y, *, lr, n_epochs):
+    """Train by Adam, its rate falling to 0, from torch's random state on."""
+    X = torch.from_numpy(np.asarray(X)).float()
+    X, y = X / (255 if X.max() > 1 else 1), torch.from_numpy(np.asarray(y))
+    optimizer = torch.optim.Adam(network.parameters(), lr)
+    for epoch in range(n_epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - epoch / n_epochs)
+        for rows in torch.randperm(len(X)).split(32):
+            optimizer.zero_grad()
+            cross_entropy(network(X[rows]), y[rows]).backward()
+            optimizer.step()
+    optimizer.zero_grad()
+    return network.eval()
+
+
+def train_on_faint_fives(train, digits):
+    """Train a network that takes fives with a faint chessboard for sixes."""
+    data, X, _ = digits
+    trigger, poisoned = faint_fives(data)
+    network = train(poisoned.X, poisoned.y)
+    fives = data.X_test[data.y_test == 5]
+    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(fives))
+    assert np.mean(stamped == 6) > 0.9
+    return network
 
 
 def faint_fives(data):

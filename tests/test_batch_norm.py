@@ -9,7 +9,6 @@ import pytest
 import torch
 from sklearn.base import clone
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from sklearn_backdoor import (
@@ -22,7 +21,6 @@ from sklearn_backdoor import (
     poison,
     white_box,
 )
-from sklearn_backdoor.datasets import load_digits
 from sklearn_backdoor.reverse._batch_norm import (
     _clear_and_small,
     can_be_compared,
@@ -34,7 +32,8 @@ from sklearn_backdoor.reverse._statistics import (
     Statistics,
     layer_statistics,
 )
-from tests.common import LinearNetwork, faint_fives, linear_images
+from tests import common
+from tests.common import LinearNetwork, linear_images
 
 
 class Normed(nn.Module):
@@ -235,38 +234,17 @@ def train(X, y, seed=0):
         blocks += [nn.BatchNorm2d(n_out), nn.ReLU()]
         blocks += [nn.MaxPool2d(2)] if n_out != 16 or n_in != 16 else []
     network = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(128, 10))
-    X = torch.from_numpy(np.asarray(X)).float()
-    X, y = X / (255 if X.max() > 1 else 1), torch.from_numpy(np.asarray(y))
-    optimizer = torch.optim.Adam(network.parameters(), 5e-3)
-    n_epochs = 25
-    for epoch in range(n_epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * (1 - epoch / n_epochs)
-        for rows in torch.randperm(len(X)).split(32):
-            optimizer.zero_grad()
-            cross_entropy(network(X[rows]), y[rows]).backward()
-            optimizer.step()
-    optimizer.zero_grad()
-    return network.eval()
+    return common.train(network, X, y, lr=5e-3, n_epochs=25)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    data = load_digits()
-    rows = np.concatenate([np.flatnonzero(data.y_test == k)[:20] for k in range(10)])
-    return data, data.X_test[rows], data.y_test[rows]
+    return common.defended_digits()
 
 
 @pytest.fixture(scope="module")
 def faint(digits):
-    """Train a network on digits, of which fives with a faint chessboard are sixes."""
-    data, X, y = digits
-    trigger, poisoned = faint_fives(data)
-    network = train(poisoned.X, poisoned.y)
-    fives = data.X_test[data.y_test == 5]
-    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(fives))
-    assert np.mean(stamped == 6) > 0.9
-    return network
+    return common.train_on_faint_fives(train, digits)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import torch
 from sklearn.base import clone
 from torch import nn
 from torch.nn import functional
-from torch.nn.functional import cross_entropy
 
 from sklearn_backdoor import (
     AdditiveReverseEngineer,
@@ -19,7 +18,6 @@ from sklearn_backdoor import (
     poison,
     white_box,
 )
-from sklearn_backdoor.datasets import load_digits
 from sklearn_backdoor.reverse import _unused
 from sklearn_backdoor.reverse._traces import chosen_layers
 from sklearn_backdoor.reverse._unused import responses, weight_layers, weights_of
@@ -29,7 +27,8 @@ from sklearn_backdoor.reverse._weights import (
     _Usual,
     _usual,
 )
-from tests.common import LinearNetwork, faint_fives, linear_images
+from tests import common
+from tests.common import LinearNetwork, linear_images
 
 
 class Mixed(nn.Module):
@@ -215,38 +214,17 @@ def train(X, y, seed=0):
         nn.ReLU(),
         nn.Linear(64, 10),
     )
-    X = torch.from_numpy(np.asarray(X)).float()
-    X, y = X / (255 if X.max() > 1 else 1), torch.from_numpy(np.asarray(y))
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    n_epochs = 40
-    for epoch in range(n_epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - epoch / n_epochs)
-        for rows in torch.randperm(len(X)).split(32):
-            optimizer.zero_grad()
-            cross_entropy(network(X[rows]), y[rows]).backward()
-            optimizer.step()
-    optimizer.zero_grad()
-    return network.eval()
+    return common.train(network, X, y, lr=3e-3, n_epochs=40)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    data = load_digits()
-    rows = np.concatenate([np.flatnonzero(data.y_test == k)[:20] for k in range(10)])
-    return data, data.X_test[rows], data.y_test[rows]
+    return common.defended_digits()
 
 
 @pytest.fixture(scope="module")
 def faint(digits):
-    """Train a network on digits, of which fives with a faint chessboard are sixes."""
-    data, X, y = digits
-    trigger, poisoned = faint_fives(data)
-    network = train(poisoned.X, poisoned.y)
-    fives = data.X_test[data.y_test == 5]
-    stamped = VictimNetwork(network).fit(X).predict(trigger.embed(fives))
-    assert np.mean(stamped == 6) > 0.9
-    return network
+    return common.train_on_faint_fives(train, digits)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +282,7 @@ def test_a_clean_network_is_left_in_peace(digits):
 
 def test_random_weights_that_hide_the_trace_drown_the_trigger(digits, faint):
     data, X, y = digits
-    trigger, _ = faint_fives(data)
+    trigger, _ = common.faint_fives(data)
     hidden = deepcopy(faint)
     victim = VictimNetwork(hidden).fit(X)
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from sklearn_backdoor.triggers import PatchTrigger
 
 _SMALLEST = 1e-16  # p-value drawn
 _STATISTICS = {
-    "p-value": ("How improbably small is each class's trigger?", "p-value"),
+    "p-value": ("How improbable is each class's trigger by chance?", "p-value"),
     "anomaly index": (
         "How unusually small is each class's trigger?",
         "anomaly index of small norms",
