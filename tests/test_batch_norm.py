@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn.base import clone
 from torch import nn
 from torchvision.transforms import v2
@@ -31,6 +32,7 @@ from sklearn_backdoor.reverse._statistics import (
     Comparison,
     Statistics,
     layer_statistics,
+    p_of_largest,
 )
 from tests import common
 from tests.common import LinearNetwork, linear_images
@@ -191,6 +193,40 @@ def test_a_trace_is_the_estimate_of_a_share_over_its_error():
     wider *= np.sqrt(1 + 16 / (5 * 40 - 5))
     scores = found.scores(signatures, 0.4)
     np.testing.assert_allclose(scores, [*np.divide(expected, wider), 0])
+
+
+@pytest.mark.parametrize("largest", [-0.5, 1.0, 2.0, 3.0])
+def test_the_largest_of_correlated_scores_is_as_large_as_in_draws(largest):
+    rng = np.random.default_rng(0)
+    signatures = rng.normal(size=(12, 4)) + 2 * rng.normal(size=4)
+    signatures /= np.linalg.norm(signatures, axis=1, keepdims=True)
+    drawn = rng.normal(size=(400_000, 4)) @ signatures.T
+    drawn /= np.sqrt(rng.chisquare(30, size=(len(drawn), 1)) / 30)
+    expected = np.mean(drawn.max(axis=1) >= largest)
+    found = p_of_largest(largest, signatures @ signatures.T, 30)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_scores_count_as_often_as_they_differ():
+    alone = stats.t.sf(3, 400)
+    assert p_of_largest(3, np.ones((40, 40)), 400) == pytest.approx(alone)
+    apart = p_of_largest(3, np.eye(40), 400)
+    assert 0.9 * 40 * alone < apart < 40 * alone
+    assert p_of_largest(1e9, np.eye(2), 400) == 0
+
+
+def test_false_alarms_of_traces_keep_to_alpha():
+    training = Training()
+    signatures = training.rng.normal(size=(10, 16))
+    signatures[0] = 0  # a trigger that moves nothing is no chance
+    found = [training.compare(0.1) for _ in range(300)]
+    p = []
+    for one in found:
+        share_sd = one.share_sd()
+        largest = one.scores(signatures, share_sd).max()
+        p.append(one.p_value(largest, signatures, share_sd))
+    assert np.mean(np.array(p) < 0.05) < 0.07
+    assert np.mean(np.array(p) < 0.25) > 0.1  # and the test is not idle
 
 
 def test_what_was_there_leaves_a_clear_trace_and_classes_shares_do_not():

@@ -1,6 +1,7 @@
 """Traces of triggers in the weights."""
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional
 from sklearn_backdoor import (
     AdditiveReverseEngineer,
     AutoReverseEngineer,
+    NCReverseEngineer,
     PatchTrigger,
     VictimNetwork,
     WeightReverseEngineer,
@@ -19,6 +21,7 @@ from sklearn_backdoor import (
     white_box,
 )
 from sklearn_backdoor.reverse import _unused
+from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._traces import chosen_layers
 from sklearn_backdoor.reverse._unused import responses, weight_layers, weights_of
 from sklearn_backdoor.reverse._weights import (
@@ -174,30 +177,73 @@ def usual_logs(rng, n_classes=10):
     return logs + level
 
 
+def smallest_p(logs, usual):
+    return np.fmin(*_smallest_p(logs, usual))
+
+
 def test_what_is_usual_is_seldom_flagged():
     rng = np.random.default_rng(0)
-    p = np.array([_smallest_p(usual_logs(rng), USUAL) for _ in range(400)])
+    p = np.array([smallest_p(usual_logs(rng), USUAL) for _ in range(400)])
     assert np.mean(p < 0.05) < 0.07
     assert np.mean(p < 0.25) > 0.1  # and the test is not idle
 
 
 def test_a_class_that_differs_and_a_layer_that_differs_are_flagged():
     logs = usual_logs(np.random.default_rng(0))
-    assert _smallest_p(logs, USUAL) > 0.05
+    assert smallest_p(logs, USUAL) > 0.05
     one = logs.copy()
     one[3, 2] += 2
-    assert _smallest_p(one, USUAL) < 1e-3
+    of_class, of_level = _smallest_p(one, USUAL)
+    assert of_class < 1e-3 and of_level > 0.05
     assert _deviations(one, USUAL).sum(axis=1).argmax() == 3
     less = logs.copy()
     less[3, 2] -= 2  # a class that stands out below is none
-    assert _smallest_p(less, USUAL) > 0.05
+    assert smallest_p(less, USUAL) > 0.05
     for column, found in ((0, True), (1, True), (2, False)):
         all_classes = logs.copy()
         all_classes[:, column] += 1
-        assert (_smallest_p(all_classes, USUAL) < 1e-3) == found
+        of_class, of_level = _smallest_p(all_classes, USUAL)
+        assert (of_level < 1e-3) == found and of_class > 0.05
     one[[0, 1, 2, 4, 5, 6]] = np.nan  # four classes are too few to compare
-    assert _smallest_p(one, USUAL) > 0.05
-    assert np.isnan(_smallest_p(np.full_like(logs, np.nan), USUAL))
+    of_class, of_level = _smallest_p(one, USUAL)
+    assert np.isnan(of_class) and of_level > 0.05
+    assert np.isnan(_smallest_p(np.full_like(logs, np.nan), USUAL)).all()
+
+
+@pytest.mark.parametrize(
+    ("responses", "expected"),
+    [
+        ({1: 3.0}, (1, 0)),  # a class stands out
+        ({0: 3.0, 1: 3.3, 2: 3.0, 3: 3.0, 4: 3.0, 5: 3.0}, (3, 1)),  # all respond
+    ],
+)
+def test_a_layer_that_responds_to_all_is_followed_to_the_smallest_perturbation(
+    monkeypatch, mixed, responses, expected
+):
+    _, victim, X = mixed
+    patch, additive = NCReverseEngineer(victim), AdditiveReverseEngineer(victim)
+    patch.norms_ = np.array([9.0, 9, 9, 9, 1, 9])
+    additive.norms_ = np.array([5.0, 4, 6, 3, 5, 0.1])
+    engineer = WeightReverseEngineer(victim)
+    values = np.ones((2, 6, len(LAYERS)))
+    values[:, :, 0] += np.linspace(-0.02, 0.02, 6)[[2, 4, 1, 3, 0, 5]]
+    values[0, 1] *= 1.05
+    for target, value in responses.items():
+        values[:, target, 0] *= value
+    converged = np.ones((2, 6), dtype=bool)
+    converged[1, 5] = False
+    values[1, 5] = np.nan
+    monkeypatch.setattr(engineer, "_responses", lambda *_: values)
+    results = [[SimpleNamespace(converged=c) for c in row] for row in converged]
+    answered = {}
+    monkeypatch.setattr(
+        engineer, "_answer", lambda _, *given: answered.update(given=given)
+    )
+    run = SimpleNamespace(victim=victim, X=X, passes=ImagePasses(0, 0))
+    engineer._ask(run, [(patch, run, results[0]), (additive, run, results[1])])
+    chosen, named, p = answered["given"]
+    assert (named, chosen[named]) == expected
+    assert p < 0.05
 
 
 def train(X, y, seed=0):

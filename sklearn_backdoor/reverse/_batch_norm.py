@@ -4,7 +4,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from sklearn_backdoor._torch import borrowed_random_state
 from sklearn_backdoor._validation import check_number
@@ -116,10 +115,10 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
     norms_ : ndarray of shape (n_classes,)
         Their norms, L1 of masks and L2 of perturbations.
     p_values_ : ndarray of shape (n_classes,)
-        Probability that chance makes a trace as clear as the clearest, allowing for the
-        number of triggers. It is given to one class, 1 to the others, as triggers share
-        what they do inside the network: of the triggers whose traces are at least half
-        as clear as the clearest, the one with the largest ratio of trace to norm, in
+        Probability that chance makes a trace as clear as the clearest, among as many
+        triggers that share as much of what they do inside the network. It is given to
+        one class, 1 to the others: of the triggers whose traces are at least half as
+        clear as the clearest, the one with the largest ratio of trace to norm, in
         medians of its search, names it.
     source_weights_, single_sources_
         As in `NCReverseEngineer`, of the searches that found the triggers.
@@ -201,7 +200,7 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
         self.traces_ = np.where(converged.any(axis=0), best, np.nan)
         p, named = np.nan, 0
         if converged.any():
-            p = stats.t.sf(best.max(), comparison.n_free) * converged.sum()
+            p = comparison.p_value(best.max(), effects, self.share_sd_)
             norms = np.array([engineer.norms_ for engineer, *_ in found])
             named = _clear_and_small(traces, norms, converged)
         return self._answer(found, chosen, named, p)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy import stats
 from scipy.linalg import cholesky, solve_triangular
 from sklearn.covariance import LedoitWolf
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,6 +15,7 @@ from sklearn_backdoor.reverse._search import as_array
 
 _BATCH = 64  # images a forward pass
 _TRAINED_WITH = 32  # images a mini-batch, at least
+_N_DRAWS = 2000  # for a p-value; its relative error is then a few per cent
 _SHARE_SD, _LARGEST_SHARE_SD = 0.1, 1.5  # of a class's share of the images, relative
 
 
@@ -204,16 +206,82 @@ class Comparison:
         That of many features looks narrower than it is on few images: standard errors
         are taken to be larger by sqrt(1 + n_features / n_free).
         """
+        values, signatures = self._whitened(effects, share_sd)
+        wider = max(1.0, np.sqrt(np.mean(values**2)))
+        wider *= np.sqrt(1 + len(values) / self.n_free)
+        return signatures @ values / wider
+
+    def p_value(self, largest, effects, share_sd):
+        """Return how probably chance makes the largest of the scores as large.
+
+        Parameters
+        ----------
+        largest : float
+        effects, share_sd
+            As of `scores`.
+
+        Returns
+        -------
+        float
+            By Student's t, from draws of scores as correlated as the signatures are:
+            the triggers of a network share much of what they do, and are not as many
+            chances as they are.
+        """
+        _, signatures = self._whitened(effects, share_sd)
+        moving = signatures[signatures.any(axis=1)]
+        return p_of_largest(largest, moving @ moving.T, self.n_free)
+
+    def _whitened(self, effects, share_sd):
+        """Return the difference, and signatures of length 1 (or 0), both whitened."""
         covariance = self.covariance + share_sd**2 * self.moves.T @ self.moves
         factor = cholesky(covariance, lower=True)
         columns = np.column_stack([self.values, (effects / self.spread).T])
         white = solve_triangular(factor, columns, lower=True)
-        values, signatures = white[:, 0], white[:, 1:]
-        wider = max(1.0, np.sqrt(np.mean(values**2)))
-        wider *= np.sqrt(1 + len(values) / self.n_free)
-        norms = np.linalg.norm(signatures, axis=0)
-        along = signatures.T @ values
-        return np.divide(along, wider * norms, np.zeros_like(along), where=norms > 0)
+        norms = np.linalg.norm(white[:, 1:], axis=0)
+        return white[:, 0], (white[:, 1:] / np.where(norms > 0, norms, 1)).T
+
+
+def p_of_largest(largest, correlation, df):
+    """Return the probability that the largest of correlated t-scores is as large.
+
+    Parameters
+    ----------
+    largest : float
+    correlation : ndarray of shape (n_scores, n_scores)
+    df : int
+        Degrees of freedom that they share.
+
+    Returns
+    -------
+    float in 0...1
+        At most the number of scores times the probability of one.
+
+    Notes
+    -----
+    A score is drawn from those as large, then the others given it: the sum of the
+    scores' own probabilities is divided by how many are as large at once, which takes
+    no more draws where p is small [1]_.
+
+    References
+    ----------
+    .. [1] Adler, Blanchet, Liu: Efficient Monte Carlo for high excursions of Gaussian
+       random fields. Annals of Applied Probability 22 (2012).
+    """
+    rng = np.random.default_rng(0)
+    sizes, axes = np.linalg.eigh(correlation)
+    drawn = rng.normal(size=(_N_DRAWS, len(sizes)))
+    drawn = drawn * np.sqrt(np.maximum(sizes, 0)) @ axes.T
+    alone = stats.t.sf(largest, df)
+    if alone == 0:
+        return 0.0
+    first = stats.t.isf(rng.uniform(0, alone, size=(_N_DRAWS, 1)), df)
+    wider = np.sqrt((df + first**2) / rng.chisquare(df + 1, size=(_N_DRAWS, 1)))
+    total = 0.0
+    for number, along in enumerate(correlation):
+        others = first * along + wider * (drawn - drawn[:, [number]] * along)
+        others[:, number] = first[:, 0]
+        total += alone * np.mean(1 / (others >= largest).sum(axis=1))
+    return total
 
 
 def features_of(layers):

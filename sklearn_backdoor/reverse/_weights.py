@@ -8,6 +8,7 @@ from scipy import stats
 from torch import nn
 
 from sklearn_backdoor._validation import check_number
+from sklearn_backdoor.reverse._additive import AdditiveReverseEngineer
 from sklearn_backdoor.reverse._anomaly import PRIOR_DF, is_informative, p_values
 from sklearn_backdoor.reverse._search import ImagePasses
 from sklearn_backdoor.reverse._traces import (
@@ -63,7 +64,9 @@ class WeightReverseEngineer(TraceReverseEngineer):
         Their norms, L1 of masks and L2 of perturbations.
     p_values_ : ndarray of shape (n_classes,)
         Probability that chance makes the largest deviation as large, allowing for the
-        number of them. It is given to the class with the largest trace, 1 to others.
+        number of them. It is given to one class, 1 to the others: to the one with the
+        largest trace, or, where a layer responds strongly to all classes' triggers, to
+        the one with the smallest perturbation.
     source_weights_, single_sources_
         As in `NCReverseEngineer`, of the searches that found the triggers.
     others
@@ -132,12 +135,12 @@ class WeightReverseEngineer(TraceReverseEngineer):
         self.traces_ = np.nansum(_deviations(means, usual), axis=1)
         self.traces_[~converged.any(axis=0)] = np.nan
         scores = np.nansum(above / [layer.spread for layer in usual], axis=2)
-        return self._answer(
-            found,
-            np.where(converged, scores, -np.inf).argmax(axis=0),
-            int(np.nan_to_num(self.traces_, nan=-np.inf).argmax()),
-            _smallest_p(means, usual),
-        )
+        chosen = np.where(converged, scores, -np.inf).argmax(axis=0)
+        named = int(np.nan_to_num(self.traces_, nan=-np.inf).argmax())
+        of_class, of_level = _smallest_p(means, usual)
+        if of_level < of_class:
+            chosen, named = _smallest_perturbation(found, converged, chosen, named)
+        return self._answer(found, chosen, named, np.fmin(of_class, of_level))
 
     def _is_conclusive(self):
         return is_informative(self.norms_, self.converged_)
@@ -193,22 +196,46 @@ def _deviations(logs, usual):
 
 
 def _smallest_p(logs, usual):
-    """Return the smallest p-value of all tests, times their number.
+    """Return the smallest p-value of each kind of test, times the number of all.
 
     Parameters
     ----------
     logs : ndarray of shape (n_classes, n_layers)
         NaN where no trigger converged.
     usual : list of _Usual
+
+    Returns
+    -------
+    of_class, of_level : float
+        Of a class against the others, and of the classes' median; NaN without a test.
     """
-    found = []
+    of_class, of_level = [], []
     for values, layer in zip(logs.T, usual, strict=True):
         seen = np.isfinite(values)
-        found.append(p_values(np.exp(-values), seen, prior_sd=layer.spread).min())
+        p = p_values(np.exp(-values), seen, prior_sd=layer.spread).min()
+        if not np.isnan(p):
+            of_class.append(p)
         if layer.level is not None and seen.any():
-            found.append(stats.norm.sf(np.median(values[seen]), *layer.level))
-    found = [p for p in found if not np.isnan(p)]
-    return len(found) * min(found, default=np.nan)
+            of_level.append(stats.norm.sf(np.median(values[seen]), *layer.level))
+    n_tests = len(of_class) + len(of_level)
+    return tuple(n_tests * min(found, default=np.nan) for found in (of_class, of_level))
+
+
+def _smallest_perturbation(found, converged, chosen, named):
+    """Return what searches' triggers are kept, and the class, by perturbations' size.
+
+    Without perturbations these are those given.
+    """
+    sizes = np.full(converged.shape, np.inf)
+    for number, (engineer, *_) in enumerate(found):
+        usable = converged[number]
+        if isinstance(engineer, AdditiveReverseEngineer) and usable.any():
+            norms = engineer.norms_[usable]
+            sizes[number, usable] = norms / np.median(norms)
+    if np.isfinite(sizes).any():
+        number, named = divmod(int(sizes.argmin()), sizes.shape[1])
+        chosen[named] = number
+    return chosen, named
 
 
 def _median(values, axis):
