@@ -15,7 +15,7 @@ from sklearn_backdoor.reverse._search import as_array
 
 _BATCH = 64  # images a forward pass
 _TRAINED_WITH = 32  # images a mini-batch, at least
-_N_DRAWS = 2000  # for a p-value; its relative error is then a few per cent
+_N_DRAWS = 2000  # for a p-value; its relative error is then some 1 %
 _SHARE_SD, _LARGEST_SHARE_SD = 0.1, 1.5  # of a class's share of the images, relative
 
 
@@ -229,7 +229,7 @@ class Comparison:
         """
         _, signatures = self._whitened(effects, share_sd)
         moving = signatures[signatures.any(axis=1)]
-        return p_of_largest(largest, moving @ moving.T, self.n_free)
+        return p_of_largest(largest, moving, self.n_free)
 
     def _whitened(self, effects, share_sd):
         """Return the difference, and signatures of length 1 (or 0), both whitened."""
@@ -241,15 +241,16 @@ class Comparison:
         return white[:, 0], (white[:, 1:] / np.where(norms > 0, norms, 1)).T
 
 
-def p_of_largest(largest, correlation, df):
+def p_of_largest(largest, directions, df):
     """Return the probability that the largest of correlated t-scores is as large.
 
     Parameters
     ----------
     largest : float
-    correlation : ndarray of shape (n_scores, n_scores)
+    directions : ndarray of shape (n_scores, n_features)
+        Of length 1: scores are correlated as these are.
     df : int
-        Degrees of freedom that they share.
+        Degrees of freedom that the scores share.
 
     Returns
     -------
@@ -268,20 +269,18 @@ def p_of_largest(largest, correlation, df):
        random fields. Annals of Applied Probability 22 (2012).
     """
     rng = np.random.default_rng(0)
-    sizes, axes = np.linalg.eigh(correlation)
-    drawn = rng.normal(size=(_N_DRAWS, len(sizes)))
-    drawn = drawn * np.sqrt(np.maximum(sizes, 0)) @ axes.T
+    drawn = rng.normal(size=(_N_DRAWS, directions.shape[1])) @ directions.T
     alone = stats.t.sf(largest, df)
-    if alone == 0:
+    if alone < np.finfo(float).tiny:
         return 0.0
     first = stats.t.isf(rng.uniform(0, alone, size=(_N_DRAWS, 1)), df)
     wider = np.sqrt((df + first**2) / rng.chisquare(df + 1, size=(_N_DRAWS, 1)))
     total = 0.0
-    for number, along in enumerate(correlation):
+    for number, along in enumerate(directions @ directions.T):
         others = first * along + wider * (drawn - drawn[:, [number]] * along)
         others[:, number] = first[:, 0]
         total += alone * np.mean(1 / (others >= largest).sum(axis=1))
-    return total
+    return min(1.0, total)
 
 
 def features_of(layers):
