@@ -138,7 +138,7 @@ class WeightReverseEngineer(TraceReverseEngineer):
         chosen = np.where(converged, scores, -np.inf).argmax(axis=0)
         named = int(np.nan_to_num(self.traces_, nan=-np.inf).argmax())
         of_class, of_level = _smallest_p(means, usual)
-        if of_level < of_class:
+        if of_level < np.nan_to_num(of_class, nan=np.inf):
             chosen, named = _smallest_perturbation(found, converged, chosen, named)
         return self._answer(found, chosen, named, np.fmin(of_class, of_level))
 
