@@ -133,7 +133,7 @@ class BatchNormReverseEngineer(TraceReverseEngineer):
       filter's score: the best linear estimate of the trigger's share of the training,
       over its standard error. It is compared with Student's t. Where the difference as
       a whole is larger than by chance, so is the error; and where there are many
-      features for few images, by a factor chosen so that of 60 clean networks none is
+      features for few images, by a factor with which one of 60 clean networks is
       flagged.
     - In `AutoReverseEngineer` it takes the triggers that the other searches found.
     - Statistics that are not of the training, as of a network whose batch-norm was
