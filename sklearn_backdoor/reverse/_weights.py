@@ -65,8 +65,8 @@ class WeightReverseEngineer(TraceReverseEngineer):
     p_values_ : ndarray of shape (n_classes,)
         Probability that chance makes the largest deviation as large, allowing for the
         number of them. It is given to one class, 1 to the others: to the one with the
-        largest trace, or, where a layer responds strongly to all classes' triggers, to
-        the one with the smallest perturbation.
+        largest trace, or, where a layer responds strongly to all classes' triggers and
+        none stands out, to the one with the smallest perturbation.
     source_weights_, single_sources_
         As in `NCReverseEngineer`, of the searches that found the triggers.
     others
@@ -138,7 +138,7 @@ class WeightReverseEngineer(TraceReverseEngineer):
         chosen = np.where(converged, scores, -np.inf).argmax(axis=0)
         named = int(np.nan_to_num(self.traces_, nan=-np.inf).argmax())
         of_class, of_level = _smallest_p(means, usual)
-        if of_level < np.nan_to_num(of_class, nan=np.inf):
+        if of_level < self.alpha and not of_class < self.alpha:
             chosen, named = _smallest_perturbation(found, converged, chosen, named)
         return self._answer(found, chosen, named, np.fmin(of_class, of_level))
 
