@@ -31,8 +31,8 @@ def main():
     import torch
     from safetensors.torch import save_file
 
+    print("ready", flush=True)  # before the limits, which may end it at once
     _limit(order)
-    print("ready", flush=True)
     try:
         with open(0, "rb", closefd=False) as file:
             found = torch.load(file, map_location="cpu", weights_only=True)
