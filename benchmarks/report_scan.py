@@ -4,13 +4,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.report_cost import compare_schedules
 from benchmarks.results import read
-from benchmarks.scan_lines import ALPHA, judged
+from benchmarks.scan_lines import ALPHA, STRONG, judged, rate, total_passes
 from benchmarks.victims import NETWORKS, population
-from sklearn_backdoor.metrics import wilson_interval
-from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values, rank_by_p
+from sklearn_backdoor.reverse._anomaly import anomaly_indices, p_values
 
-STRONG = 0.9  # attack success rate from which an attack ought to be found
 _KINDS = [
     (attack, single)
     for attack in ("white-box", "single-pixel", "chessboard", "blended")
@@ -40,23 +39,17 @@ def report_scan(results):
     -------
     str
     """
+    scanned = _load(results, "population")
     parts = [
-        _population([judged(r) for r in _load(results, "population")]),
+        _population([judged(r) for r in scanned]),
         _weak([judged(r) for r in _load(results, "weak")]),
-        _cost(_load(results, "cost")),
+        compare_schedules(_load(results, "cost"), scanned),
         _classes(_load(results, "classes")),
         _shared(_load(results, "shared")),
         _budget(_load(results, "budget")),
         _inflight(_load(results, "inflight", "inflight")),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _rate(hits, total):
-    if not total:
-        return "-"
-    low, high = wilson_interval(hits, total)
-    return f"{hits}/{total} = {hits / total:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _population(records):
@@ -88,8 +81,8 @@ def _population(records):
         text = "**AutoReverseEngineer**" if name is None else f"{name}, alone"
         rule = f"p < {ALPHA}" + ", corrected for searches" * (name is None)
         lines.append(
-            f"| {text} | {rule} | {_rate(len(detected), len(attacked))} | "
-            f"{_rate(right, len(detected))} | {_rate(alarms, len(spared))} |"
+            f"| {text} | {rule} | {rate(len(detected), len(attacked))} | "
+            f"{rate(right, len(detected))} | {rate(alarms, len(spared))} |"
         )
     for name, rule, published in (
         ("patch", "index > 2, published", _by_index),
@@ -102,8 +95,8 @@ def _population(records):
         )
         alarms = sum(published(r["config"]["methods"][name]) for r in clean)
         lines.append(
-            f"| {name}, alone | {rule} | {_rate(len(detected), len(strong))} | "
-            f"{_rate(right, len(detected))} | {_rate(alarms, len(clean))} |"
+            f"| {name}, alone | {rule} | {rate(len(detected), len(strong))} | "
+            f"{rate(right, len(detected))} | {rate(alarms, len(clean))} |"
         )
     networks = [n for n in NETWORKS if any(r["network"] == n for r in strong)]
     lines += ["", f"| AutoReverseEngineer, by kind | {' | '.join(networks)} |"]
@@ -129,7 +122,7 @@ def _population(records):
     lines.append(f"| clean: false alarms | {' | '.join(cells)} |")
     n_all = len(population(1))
     part = f", drawn from {n_all}" if len(records) < n_all else ""
-    passes = np.median([_total(r) for r in records])
+    passes = np.median([total_passes(r) for r in records])
     timed = [r["seconds"] for r in records if r["seconds"]]
     seconds = f", {np.median(timed):.0f} s (n = {len(timed)})" if timed else ""
     torches = " and ".join(sorted({r["versions"]["torch"] for r in records}))
@@ -184,53 +177,6 @@ def _by_gamma(seen):
     return bool((p < 0.05).any())
 
 
-def _total(record):
-    return sum(record["image_passes"].values())
-
-
-def _cost(records):
-    """Return fast against exhaustive Neural Cleanse on the same victims."""
-    table = pd.DataFrame(records)
-    if not len(table) or table["schedule"].nunique() < 2:
-        return ""
-    table["passes"] = [_total(r) for r in records]
-    table["victim"] = [str(r["config"]["recipe"]) for r in records]
-    table["p_found"] = [
-        tuple(rank_by_p(p_values(r["config"]["norms"], r["config"]["converged"]), 0.05))
-        for r in records
-    ]
-    table["flags"] = table["p_found"].where(
-        table["schedule"] == "fast", [tuple(flagged) for flagged in table["flagged"]]
-    )
-    wide = table.pivot(index="victim", columns="schedule")
-    wide = wide[wide["seconds"].notna().all(axis=1)]
-    fast = wide.xs("fast", axis=1, level=1)
-    exhaustive = wide.xs("exhaustive", axis=1, level=1)
-    n = len(wide)
-    same = (fast["flags"].map(bool) == exhaustive["flags"].map(bool)).sum()
-    same_p = (fast["p_found"].map(bool) == exhaustive["p_found"].map(bool)).sum()
-    passes, seconds = fast.passes / exhaustive.passes, fast.seconds / exhaustive.seconds
-    sums = [fast[name].sum() / exhaustive[name].sum() for name in ("passes", "seconds")]
-    both = fast["asr_estimated"].notna() & exhaustive["asr_estimated"].notna()
-    gap = (
-        fast["asr_estimated"][both].astype(float)
-        - exhaustive["asr_estimated"][both].astype(float)
-    ).abs()
-    lines = [
-        "| Neural Cleanse, fast / exhaustive, same victims, same run | |",
-        "|---|---|",
-        f"| victims | {n} |",
-        f"| image passes: ratio of sums, largest | {sums[0]:.3f}, {passes.max():.3f} |",
-        f"| seconds: ratio of sums, largest | {sums[1]:.3f}, {seconds.max():.3f} |",
-        f"| same verdict (backdoored or not), each by its own rule | {same}/{n} |",
-        f"| same verdict, both by p < 0.05 | {same_p}/{n} |",
-        "| ASR of the estimated triggers on unseen images, difference where both found "
-        "the target (those of seeds 6 and 8 chose the price of refining) | median "
-        f"{gap.median():.3f}, largest {gap.max():.3f}, n = {len(gap)} |",
-    ]
-    return "\n".join(lines)
-
-
 def _classes(records):
     """Return cost against the number of classes."""
     table = _by_classes(records)
@@ -258,7 +204,7 @@ def _by_classes(records):
     rows = [
         {
             "k": r["config"]["n_classes"],
-            "a_class": _total(r) / r["config"]["n_classes"],
+            "a_class": total_passes(r) / r["config"]["n_classes"],
             "seconds": r["seconds"],
             "right": r["target_class"] in r["flagged"],
             "others": len(set(r["flagged"]) - {r["target_class"]}),
@@ -362,7 +308,7 @@ def draw_scan_results(results):
     left.set_ylabel("image passes (forward + backward)")
     left.set_title("Cost against the number of classes")
     left.legend()
-    totals = [_total(r) for r in budget]
+    totals = [total_passes(r) for r in budget]
     p = [max(r["config"]["p_values"][r["target_class"]], 1e-12) for r in budget]
     right.loglog(totals, p, "o-")
     right.axhline(0.05, color="tab:red", linestyle="--", label="flagged below 0.05")

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 
+from sklearn_backdoor.metrics import wilson_interval
 from sklearn_backdoor.reverse import default_engineers
 from sklearn_backdoor.reverse._anomaly import (
     bonferroni_factors,
@@ -13,6 +14,7 @@ from sklearn_backdoor.reverse._anomaly import (
 )
 
 ALPHA = 0.05
+STRONG = 0.9  # attack success rate from which an attack ought to be found
 _TRACES = ("batch-norm", "weights")  # searches for what a trigger leaves behind
 _N_UNSEEN = 2000  # images on which an estimated trigger is tried
 
@@ -131,6 +133,19 @@ def say(record):
         f"{record['image_passes']}, {record['seconds']:.0f} s",
         flush=True,
     )
+
+
+def total_passes(record):
+    """Return a line's image passes, forward and backward ones."""
+    return sum(record["image_passes"].values())
+
+
+def rate(hits, total):
+    """Return a rate as text, with its Wilson interval of 95 %."""
+    if not total:
+        return "-"
+    low, high = wilson_interval(hits, total)
+    return f"{hits}/{total} = {hits / total:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _norm(trigger):

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from benchmarks import quality, report, report_scan, results, scan, victims
 from benchmarks.__main__ import main
 from benchmarks.overhead import medians
+from benchmarks.report_cost import compare_schedules
 from sklearn_backdoor.datasets import load_digits
 
 ALWAYS = "run_id commit seed config versions machine data_source date seconds".split()
@@ -141,3 +142,66 @@ def test_scans_are_appended_once_and_make_a_table(monkeypatch, tmp_path):
         assert all(set(ALWAYS + SCAN) <= set(record) for record in records)
     text = report_scan.report_scan(tmp_path / "r")
     assert "2 small victims" in text and "false alarms, of 1 clean" in text
+
+
+def _searched(seed, schedule, *, target, smallest, index, asr=1.0, **figures):
+    """Return a line of a victim in which one class has the smallest norm."""
+    norms = 10 + 0.5 * np.arange(10)
+    if smallest is not None:
+        norms[smallest] = 0.5
+    return {
+        "config": {
+            "recipe": {"seed": seed},
+            "norms": norms.tolist(),
+            "converged": [True] * 10,
+        },
+        "schedule": schedule,
+        "attack": target if target is None else "white-box",
+        "target_class": target,
+        "asr": None if target is None else asr,
+        "flagged": [] if index is None else [index],
+        **{"asr_estimated": None, "seconds": 1.0, **figures},
+        "image_passes": {"forward": 10 if schedule == "fast" else 80, "backward": 10},
+    }
+
+
+def test_schedules_are_compared_by_verdicts_that_are_right():
+    shared = {"asr_estimated": 0.99}
+    records = [
+        line
+        for seed, target, fast, exhaustive in (
+            (0, 3, (3, shared), (3, {"asr_estimated": 0.96, "seconds": 4.0})),
+            (1, 3, (3, {}), (None, {})),  # fast alone is right
+            (2, 3, (4, {}), (3, {})),  # the same verdict, but of another class
+            (3, None, (None, {}), (None, {})),
+            (4, None, (5, {}), (None, {})),  # a false alarm of the fast one
+        )
+        for line in (
+            _searched(
+                seed, "fast", target=target, smallest=fast[0], index=1, **fast[1]
+            ),
+            _searched(
+                seed,
+                "exhaustive",
+                target=target,
+                smallest=exhaustive[0],
+                index=exhaustive[0],
+                **exhaustive[1],
+            ),
+        )
+    ]
+    records.append({**records[0], "config": {**records[0]["config"], "recipe": {}}})
+    table = dict(
+        line.strip("| ").split(" | ")
+        for line in compare_schedules(records, []).split("\n")[2:]
+    )
+    assert table["victims"] == "5"  # one has no exhaustive line
+    assert table["image passes: ratio of sums, largest"] == "0.222, 0.222"
+    assert table["seconds: ratio of sums, largest"] == "0.625, 1.000"
+    assert table["same verdict, both by p < 0.05"].startswith("3/5 ")
+    kept = table["right verdict and target where exhaustive has them"]
+    assert kept.startswith("2/4 ")
+    gained = next(value for name, value in table.items() if name.startswith("the same"))
+    assert gained.startswith("1/1 ")
+    gap = table["ASR of triggers on unseen images, fast less exhaustive"]
+    assert gap == "0.030, 0.030 to 0.030, within 0.02: 0/1"
