@@ -144,8 +144,8 @@ def test_scans_are_appended_once_and_make_a_table(monkeypatch, tmp_path):
     assert "2 small victims" in text and "false alarms, of 1 clean" in text
 
 
-def _searched(seed, schedule, *, target, smallest, index, asr=1.0, **figures):
-    """Return a line of a victim in which one class has the smallest norm."""
+def _searched(seed, schedule, target, smallest, **figures):
+    """Return a line of a victim in which one class, or none, has a small norm."""
     norms = 10 + 0.5 * np.arange(10)
     if smallest is not None:
         norms[smallest] = 0.5
@@ -156,40 +156,28 @@ def _searched(seed, schedule, *, target, smallest, index, asr=1.0, **figures):
             "converged": [True] * 10,
         },
         "schedule": schedule,
-        "attack": target if target is None else "white-box",
+        "attack": None if target is None else "white-box",
         "target_class": target,
-        "asr": None if target is None else asr,
-        "flagged": [] if index is None else [index],
+        "asr": None if target is None else 1.0,
+        "flagged": [] if smallest is None else [smallest],
         **{"asr_estimated": None, "seconds": 1.0, **figures},
         "image_passes": {"forward": 10 if schedule == "fast" else 80, "backward": 10},
     }
 
 
 def test_schedules_are_compared_by_verdicts_that_are_right():
-    shared = {"asr_estimated": 0.99}
     records = [
-        line
-        for seed, target, fast, exhaustive in (
-            (0, 3, (3, shared), (3, {"asr_estimated": 0.96, "seconds": 4.0})),
-            (1, 3, (3, {}), (None, {})),  # fast alone is right
-            (2, 3, (4, {}), (3, {})),  # the same verdict, but of another class
-            (3, None, (None, {}), (None, {})),
-            (4, None, (5, {}), (None, {})),  # a false alarm of the fast one
-        )
-        for line in (
-            _searched(
-                seed, "fast", target=target, smallest=fast[0], index=1, **fast[1]
-            ),
-            _searched(
-                seed,
-                "exhaustive",
-                target=target,
-                smallest=exhaustive[0],
-                index=exhaustive[0],
-                **exhaustive[1],
-            ),
-        )
+        _searched(0, "fast", 3, 3, asr_estimated=0.99),
+        _searched(0, "exhaustive", 3, 3, asr_estimated=0.96, seconds=4.0),
     ]
+    for seed, target, fast, exhaustive in (
+        (1, 3, 3, None),  # fast alone is right
+        (2, 3, 4, 3),  # the same verdict, but of another class
+        (3, None, None, None),
+        (4, None, 5, None),  # a false alarm of the fast one
+    ):
+        records.append(_searched(seed, "fast", target, fast))
+        records.append(_searched(seed, "exhaustive", target, exhaustive))
     records.append({**records[0], "config": {**records[0]["config"], "recipe": {}}})
     table = dict(
         line.strip("| ").split(" | ")
