@@ -33,6 +33,7 @@ PARTS = (
     "population",
     "weak",
     "cost",
+    "repeat",
     "classes",
     "shared",
     "budget",
@@ -130,6 +131,7 @@ def scan(parts, bench):
             "population": run_population,
             "weak": run_weak,
             "cost": run_cost,
+            "repeat": run_repeat,
             "classes": run_classes,
             "shared": run_shared,
             "budget": run_budget,
@@ -182,19 +184,26 @@ def _of_every_kind(recipes):
     return list(chosen.values())
 
 
-def run_cost(bench):
+def run_cost(bench, part="cost", random_state=0):
     """Fast against exhaustive Neural Cleanse, on victims of every kind."""
     for recipe in _of_every_kind(bench.population()):
         for schedule in ("fast", "exhaustive"):
-            if bench.is_done("cost", recipe, schedule):
+            if bench.is_done(part, recipe, schedule):
                 continue
             network, trigger, defense, unseen = bench.open(recipe)
-            engineer = NCReverseEngineer(VictimNetwork(network), schedule=schedule)
+            engineer = NCReverseEngineer(
+                VictimNetwork(network), schedule=schedule, random_state=random_state
+            )
             record = scanned(engineer, recipe, trigger, defense, unseen)
-            record["config"]["part"] = "cost"
+            record["config"]["part"] = part
             source = bench.data(recipe["dataset"]).data_source
             bench.append({**record, "data_source": source})
             say(record)
+
+
+def run_repeat(bench):
+    """Make both searches again with other random numbers: do they agree with before?"""
+    run_cost(bench, "repeat", random_state=1)
 
 
 def run_classes(bench):
