@@ -9,13 +9,16 @@ from sklearn_backdoor.reverse._anomaly import p_values, rank_by_p
 _EARLIER = "those of seeds 6 to 9; some chose settings"
 
 
-def compare_schedules(records, scanned):
+def compare_schedules(records, repeated, scanned):
     """Compare fast and exhaustive searches of the same victims.
 
     Parameters
     ----------
     records : list of dict
         Lines of both schedules.
+    repeated : list of dict
+        Lines of the same searches with other random numbers: how far a search agrees
+        with itself bounds how far two can agree.
     scanned : list of dict
         Lines of the automatic search on the population; its victims are compared by
         themselves, as no setting was chosen by them.
@@ -25,14 +28,10 @@ def compare_schedules(records, scanned):
     str
         Markdown; empty without lines of both.
     """
-    pairs: dict = {}
-    for record in records:
-        pair = pairs.setdefault(str(record["config"]["recipe"]), {})
-        pair[record["schedule"]] = record
-    pairs = {victim: pair for victim, pair in pairs.items() if len(pair) == 2}
+    pairs, again = _paired(records), _paired(repeated)
     automatic = {str(record["config"]["recipe"]): record for record in scanned}
     columns = {
-        name: _compared(chosen, automatic)
+        name: _compared(chosen, again, automatic)
         for name, is_fresh in (("the population's", True), (_EARLIER, False))
         if (chosen := {v: p for v, p in pairs.items() if (v in automatic) is is_fresh})
     }
@@ -46,7 +45,16 @@ def compare_schedules(records, scanned):
     return "\n".join(lines)
 
 
-def _compared(pairs, automatic):
+def _paired(records):
+    """Return the lines of both schedules by victim."""
+    pairs: dict = {}
+    for record in records:
+        pair = pairs.setdefault(str(record["config"]["recipe"]), {})
+        pair[record["schedule"]] = record
+    return {victim: pair for victim, pair in pairs.items() if len(pair) == 2}
+
+
+def _compared(pairs, again, automatic):
     """Return the rows of the table for some victims, a text for each title."""
     fast = [pair["fast"] for pair in pairs.values()]
     exhaustive = [pair["exhaustive"] for pair in pairs.values()]
@@ -88,25 +96,39 @@ def _compared(pairs, automatic):
         text["same verdict of AutoReverseEngineer, with either's norms in it"] = _same(
             *verdicts
         )
+    both = [(pair, again[victim]) for victim, pair in pairs.items() if victim in again]
+    for title, first, second in (
+        ("both with other random numbers", (1, "fast"), (1, "exhaustive")),
+        ("fast and itself with others", (0, "fast"), (1, "fast")),
+        ("exhaustive and itself with others", (0, "exhaustive"), (1, "exhaustive")),
+    ):
+        text[f"same verdict, {title}"] = _same(
+            *([_flagged(runs[i][name]) for runs in both] for i, name in (first, second))
+        )
     asr = pd.DataFrame(
         {
             "true": [record["asr"] for record in fast],
             "fast": [record["asr_estimated"] for record in fast],
             "exhaustive": [record["asr_estimated"] for record in exhaustive],
+            "itself with others": [
+                again[v]["exhaustive"]["asr_estimated"] if v in again else None
+                for v in pairs
+            ],
         },
         dtype=float,
-    ).dropna()
+    ).dropna(subset=["true", "fast", "exhaustive"])
     for first, second in (
         ("fast", "exhaustive"),
         ("fast", "true"),
         ("exhaustive", "true"),
+        ("exhaustive", "itself with others"),
     ):
-        gap = asr[first] - asr[second]
-        title = f"ASR of triggers on unseen images, {first} less {second}"
-        text[title] = (
-            f"{gap.median():.3f}, {gap.min():.3f} to {gap.max():.3f}, within 0.02: "
-            f"{(gap.abs() <= 0.02).sum()}/{len(gap)}"
-        )
+        gap = (asr[first] - asr[second]).dropna()
+        if len(gap):
+            text[f"ASR of triggers on unseen images, {first} less {second}"] = (
+                f"{gap.median():.3f}, {gap.min():.3f} to {gap.max():.3f}, within 0.02: "
+                f"{(gap.abs() <= 0.02).sum()}/{len(gap)}"
+            )
     return text
 
 

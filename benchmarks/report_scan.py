@@ -43,7 +43,7 @@ def report_scan(results):
     parts = [
         _population([judged(r) for r in scanned]),
         _weak([judged(r) for r in _load(results, "weak")]),
-        compare_schedules(_load(results, "cost"), scanned),
+        compare_schedules(_load(results, "cost"), _load(results, "repeat"), scanned),
         _classes(_load(results, "classes")),
         _shared(_load(results, "shared")),
         _budget(_load(results, "budget")),

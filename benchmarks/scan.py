@@ -202,7 +202,7 @@ def run_cost(bench, part="cost", random_state=0):
 
 
 def run_repeat(bench):
-    """Make both searches again with other random numbers: do they agree with before?"""
+    """Make both searches again, with other random numbers."""
     run_cost(bench, "repeat", random_state=1)
 
 

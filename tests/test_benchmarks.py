@@ -179,9 +179,16 @@ def test_schedules_are_compared_by_verdicts_that_are_right():
         records.append(_searched(seed, "fast", target, fast))
         records.append(_searched(seed, "exhaustive", target, exhaustive))
     records.append({**records[0], "config": {**records[0]["config"], "recipe": {}}})
+    repeated = [
+        _searched(0, "fast", 3, None),
+        _searched(0, "exhaustive", 3, 3, asr_estimated=0.95),
+        _searched(3, "fast", None, None),
+        _searched(3, "exhaustive", None, None),
+        _searched(4, "fast", None, 5),  # the exhaustive line is not there yet
+    ]
     table = dict(
         line.strip("| ").split(" | ")
-        for line in compare_schedules(records, []).split("\n")[2:]
+        for line in compare_schedules(records, repeated, []).split("\n")[2:]
     )
     assert table["victims"] == "5"  # one has no exhaustive line
     assert table["image passes: ratio of sums, largest"] == "0.222, 0.222"
@@ -193,3 +200,11 @@ def test_schedules_are_compared_by_verdicts_that_are_right():
     assert gained.startswith("1/1 ")
     gap = table["ASR of triggers on unseen images, fast less exhaustive"]
     assert gap == "0.030, 0.030 to 0.030, within 0.02: 0/1"
+    for title, same in (
+        ("both with other random numbers", "1/2 "),
+        ("fast and itself with others", "1/2 "),
+        ("exhaustive and itself with others", "2/2 "),
+    ):
+        assert table[f"same verdict, {title}"].startswith(same)
+    gap = table["ASR of triggers on unseen images, exhaustive less itself with others"]
+    assert gap == "0.010, 0.010 to 0.010, within 0.02: 1/1"
