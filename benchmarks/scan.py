@@ -149,14 +149,16 @@ def run_weak(bench):
     run_population(bench, "weak", weak())
 
 
-def run_population(bench, part="population", recipes=None):
+def run_population(bench, part="population", recipes=None, random_state=0):
     """Scan every victim with the automatic search; a line for it and each part."""
     searches = list(dict(default_engineers(None)))
     for recipe in bench.population() if recipes is None else recipes:
         if bench.is_done(part, recipe, searches):
             continue
         network, trigger, defense, unseen = bench.open(recipe)
-        engineer = AutoReverseEngineer(VictimNetwork(network))
+        engineer = AutoReverseEngineer(
+            VictimNetwork(network), random_state=random_state
+        )
         record = scanned(engineer, recipe, trigger, defense, unseen)
         record["config"]["part"] = part
         record["config"]["methods"] = by_method(engineer)
@@ -202,7 +204,9 @@ def run_cost(bench, part="cost", random_state=0):
 
 
 def run_repeat(bench):
-    """Make both searches again, with other random numbers."""
+    """Search the same victims with other random numbers, by each and by all."""
+    recipes = _of_every_kind(bench.population())
+    run_population(bench, "repeat", recipes, random_state=1)
     run_cost(bench, "repeat", random_state=1)
 
 
