@@ -6,6 +6,7 @@ import pandas as pd
 from benchmarks.scan_lines import ALPHA, STRONG, judged, rate, total_passes
 from sklearn_backdoor.reverse._anomaly import p_values, rank_by_p
 
+_SCHEDULES = "fast", "exhaustive"
 _EARLIER = "those of seeds 6 to 9; some chose settings"
 
 
@@ -17,8 +18,8 @@ def compare_schedules(records, repeated, scanned):
     records : list of dict
         Lines of both schedules.
     repeated : list of dict
-        Lines of the same searches with other random numbers: how far a search agrees
-        with itself bounds how far two can agree.
+        Lines of the same searches, and of the automatic one, with other random numbers:
+        how far a search agrees with itself bounds how far two can agree.
     scanned : list of dict
         Lines of the automatic search on the population; its victims are compared by
         themselves, as no setting was chosen by them.
@@ -28,12 +29,16 @@ def compare_schedules(records, repeated, scanned):
     str
         Markdown; empty without lines of both.
     """
-    pairs, again = _paired(records), _paired(repeated)
-    automatic = {str(record["config"]["recipe"]): record for record in scanned}
+    first, second = _by_victim([*records, *scanned]), _by_victim(repeated)
+    runs = [
+        (lines, second.get(victim, {}))
+        for victim, lines in first.items()
+        if lines.keys() >= set(_SCHEDULES)
+    ]
     columns = {
-        name: _compared(chosen, again, automatic)
+        name: _compared(chosen)
         for name, is_fresh in (("the population's", True), (_EARLIER, False))
-        if (chosen := {v: p for v, p in pairs.items() if (v in automatic) is is_fresh})
+        if (chosen := [run for run in runs if ("auto" in run[0]) is is_fresh])
     }
     if not columns:
         return ""
@@ -45,29 +50,30 @@ def compare_schedules(records, repeated, scanned):
     return "\n".join(lines)
 
 
-def _paired(records):
-    """Return the lines of both schedules by victim."""
-    pairs: dict = {}
+def _by_victim(records):
+    """Return each victim's lines: "fast" and "exhaustive", and the automatic "auto"."""
+    found: dict = {}
     for record in records:
-        pair = pairs.setdefault(str(record["config"]["recipe"]), {})
-        pair[record["schedule"]] = record
-    return {victim: pair for victim, pair in pairs.items() if len(pair) == 2}
+        is_auto = record["method"] == "AutoReverseEngineer"
+        name = "auto" if is_auto else record["schedule"]
+        found.setdefault(str(record["config"]["recipe"]), {})[name] = record
+    return found
 
 
-def _compared(pairs, again, automatic):
-    """Return the rows of the table for some victims, a text for each title."""
-    fast = [pair["fast"] for pair in pairs.values()]
-    exhaustive = [pair["exhaustive"] for pair in pairs.values()]
-    found = [_flagged(record) for record in fast]
-    found_too = [_flagged(record) for record in exhaustive]
-    n = len(pairs)
+def _compared(runs):
+    """Return the rows of the table for some victims, a text for each title.
+
+    ``runs`` has a pair a victim: the lines, and those with other random numbers.
+    """
+    fast, exhaustive = ([lines[name] for lines, _ in runs] for name in _SCHEDULES)
+    found, found_too = ([_flagged(r) for r in some] for some in (fast, exhaustive))
     to_judge = [i for i, r in enumerate(fast) if not r["attack"] or r["asr"] >= STRONG]
     kept, missed = (
         [i for i in to_judge if _is_right(exhaustive[i], found_too[i]) is is_right]
         for is_right in (True, False)
     )
     text = {
-        "victims": str(n),
+        "victims": str(len(runs)),
         "image passes: ratio of sums, largest": _ratios(
             *([total_passes(record) for record in some] for some in (fast, exhaustive))
         ),
@@ -75,44 +81,47 @@ def _compared(pairs, again, automatic):
             *([record["seconds"] for record in some] for some in (fast, exhaustive))
         ),
         "same verdict (backdoored or not), published rule for exhaustive": _same(
-            found, [record["flagged"] for record in exhaustive]
-        ),
-        f"same verdict, both by p < {ALPHA}": _same(found, found_too),
-        "right verdict and target where exhaustive has them": rate(
-            sum(_is_right(fast[i], found[i]) for i in kept), len(kept)
-        ),
-        f"the same where it has not (clean or ASR of {STRONG} or more)": rate(
-            sum(_is_right(fast[i], found[i]) for i in missed), len(missed)
+            [bool(flagged) for flagged in found],
+            [bool(record["flagged"]) for record in exhaustive],
         ),
     }
-    if all(victim in automatic for victim in pairs):
-        verdicts = [
-            [
-                _as_patch_search(pair[name], automatic[victim])
-                for victim, pair in pairs.items()
-            ]
-            for name in ("fast", "exhaustive")
-        ]
-        text["same verdict of AutoReverseEngineer, with either's norms in it"] = _same(
-            *verdicts
-        )
-    both = [(pair, again[victim]) for victim, pair in pairs.items() if victim in again]
-    for title, first, second in (
+    for title, one, other in (
+        (f"both by p < {ALPHA}", (0, "fast"), (0, "exhaustive")),
         ("both with other random numbers", (1, "fast"), (1, "exhaustive")),
         ("fast and itself with others", (0, "fast"), (1, "fast")),
         ("exhaustive and itself with others", (0, "exhaustive"), (1, "exhaustive")),
+        (
+            "AutoReverseEngineer with either's norms",
+            (0, "auto", "fast"),
+            (0, "auto", "exhaustive"),
+        ),
+        (
+            "AutoReverseEngineer with either's, other random numbers",
+            (1, "auto", "fast"),
+            (1, "auto", "exhaustive"),
+        ),
+        ("AutoReverseEngineer and itself with others", (0, "auto"), (1, "auto")),
     ):
         text[f"same verdict, {title}"] = _same(
-            *([_flagged(runs[i][name]) for runs in both] for i, name in (first, second))
+            *(
+                [_verdict(run[i], *search) for run in runs]
+                for i, *search in (one, other)
+            )
         )
+    text["right verdict and target where exhaustive has them"] = rate(
+        sum(_is_right(fast[i], found[i]) for i in kept), len(kept)
+    )
+    text[f"the same where it has not (clean or ASR of {STRONG} or more)"] = rate(
+        sum(_is_right(fast[i], found[i]) for i in missed), len(missed)
+    )
     asr = pd.DataFrame(
         {
             "true": [record["asr"] for record in fast],
             "fast": [record["asr_estimated"] for record in fast],
             "exhaustive": [record["asr_estimated"] for record in exhaustive],
             "itself with others": [
-                again[v]["exhaustive"]["asr_estimated"] if v in again else None
-                for v in pairs
+                again["exhaustive"]["asr_estimated"] if "exhaustive" in again else None
+                for _, again in runs
             ],
         },
         dtype=float,
@@ -137,6 +146,20 @@ def _flagged(record):
     return rank_by_p(p_values(seen["norms"], seen["converged"]), ALPHA).tolist()
 
 
+def _verdict(lines, search, patch=None):
+    """Tell whether a search calls a victim backdoored; None without its line.
+
+    ``patch`` names the schedule whose norms the automatic search is given.
+    """
+    if search not in lines or (patch or search) not in lines:
+        return None
+    if search != "auto":
+        return bool(_flagged(lines[search]))
+    if patch is None:
+        return bool(judged(lines["auto"])["flagged"])
+    return bool(_as_patch_search(lines[patch], lines["auto"]))
+
+
 def _is_right(record, flagged):
     """Tell whether a clean victim is left in peace, or the target comes first."""
     if not record["attack"]:
@@ -153,8 +176,9 @@ def _as_patch_search(record, scanned):
 
 
 def _same(some, others):
-    pairs = zip(some, others, strict=True)
-    return rate(sum(bool(one) is bool(other) for one, other in pairs), len(some))
+    """Say how many verdicts are the same, of those that there are."""
+    pairs = [p for p in zip(some, others, strict=True) if None not in p]
+    return rate(sum(one is other for one, other in pairs), len(pairs))
 
 
 def _ratios(some, others):
