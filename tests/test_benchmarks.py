@@ -127,9 +127,10 @@ def test_scans_are_appended_once_and_make_a_table(monkeypatch, tmp_path):
     monkeypatch.setattr(scan, "population", lambda seeds: recipes)
     original = scan.AutoReverseEngineer
 
-    def brief(victim):
+    def brief(victim, **options):
         engineer = scan.NCReverseEngineer(victim, max_steps=3)
-        return original(victim, engineers=[("patch", engineer), ("additive", engineer)])
+        searches = [("patch", engineer), ("additive", engineer)]
+        return original(victim, engineers=searches, **options)
 
     monkeypatch.setattr(scan, "AutoReverseEngineer", brief)
     options = ["scan", "--part", "population", "--seeds", "1"]
