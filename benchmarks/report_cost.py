@@ -19,7 +19,7 @@ def compare_schedules(records, repeated, scanned):
         Lines of both schedules.
     repeated : list of dict
         Lines of the same searches, and of the automatic one, with other random numbers:
-        how far a search agrees with itself bounds how far two can agree.
+        how far a search agrees with itself is what two are to be measured by.
     scanned : list of dict
         Lines of the automatic search on the population; its victims are compared by
         themselves, as no setting was chosen by them.

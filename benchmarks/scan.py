@@ -204,7 +204,7 @@ def run_cost(bench, part="cost", random_state=0):
 
 
 def run_repeat(bench):
-    """Search the same victims with other random numbers, by each and by all."""
+    """Make the cost's searches and the automatic one with other random numbers."""
     recipes = _of_every_kind(bench.population())
     run_population(bench, "repeat", recipes, random_state=1)
     run_cost(bench, "repeat", random_state=1)

@@ -167,6 +167,14 @@ def _searched(seed, schedule, target, smallest, **figures):
     }
 
 
+def _automatic(seed, smallest):
+    """Return a line of an automatic search that has the search for patches alone."""
+    line = _searched(seed, "fast", None, smallest)
+    seen = {name: line["config"][name] for name in ("norms", "converged")}
+    line["config"]["methods"] = {"patch": seen}
+    return {**line, "method": "AutoReverseEngineer"}
+
+
 def test_schedules_are_compared_by_verdicts_that_are_right():
     records = [
         _searched(0, "fast", 3, 3, asr_estimated=0.99),
@@ -187,10 +195,12 @@ def test_schedules_are_compared_by_verdicts_that_are_right():
         _searched(3, "fast", None, None),
         _searched(3, "exhaustive", None, None),
         _searched(4, "fast", None, 5),  # alone: the exhaustive line is not there
+        _automatic(3, 3),
     ]
+    scanned = [_automatic(seed, None) for seed in range(5)]
     table = dict(
         line.strip("| ").split(" | ")
-        for line in compare_schedules(records, repeated, []).split("\n")[2:]
+        for line in compare_schedules(records, repeated, scanned).split("\n")[2:]
     )
     assert table["victims"] == "5"  # one has no exhaustive line
     assert table["image passes: ratio of sums, largest"] == "0.222, 0.222"
@@ -206,6 +216,9 @@ def test_schedules_are_compared_by_verdicts_that_are_right():
         ("both with other random numbers", "1/2 "),
         ("fast and itself with others", "2/3 "),
         ("exhaustive and itself with others", "2/2 "),
+        ("AutoReverseEngineer with either's norms", "3/5 "),
+        ("AutoReverseEngineer with either's, other random numbers", "1/1 "),
+        ("AutoReverseEngineer and itself with others", "0/1 "),
     ):
         assert table[f"same verdict, {title}"].startswith(same)
     gap = table["ASR of triggers on unseen images, exhaustive less itself with others"]
